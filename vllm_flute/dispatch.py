@@ -1,0 +1,86 @@
+"""Which backend holds a layer's weights on a device, and why; packing for it; the functional front.
+
+A backend is chosen per device when weights are packed; the kernel within it is chosen per call, by M.
+"""
+
+import functools
+import logging
+
+import torch
+
+from . import reference
+from .backends import Kernel, cpu, portable
+from .errors import FluteError
+from .format import LutTensor
+from .layout import Layout
+from .ops import lut_linear_op, lut_pack_op
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def backend(device_type: str):
+    """(backend module, why) for "cpu" or "cuda"; registers its operators on first use and logs a slow path."""
+    if device_type == "cpu":
+        missing = cpu.load()
+        if not missing:
+            return cpu, f"native CPU library, isa {cpu.describe()['isa']}"
+        key = "CPU"
+    elif device_type == "cuda":
+        missing, key = "the fused GPU kernels are not part of this version", "CUDA"
+    else:
+        raise FluteError(f"device {device_type!r} is not supported: use a CPU or an NVIDIA GPU")
+    portable.register(key)
+    why = f"slow path: dequantize and multiply with torch, because {missing}"
+    logger.warning("vllm-flute on %s: %s", device_type, why)
+    return portable, why
+
+
+def kernels(device_type: str) -> list[Kernel]:
+    """The kernels of a device's backend, for doctor and metrics."""
+    return backend(device_type)[0].kernels()
+
+
+def choose(header: torch.Tensor, m: int, dtype: torch.dtype, device_type: str) -> str:
+    """The name of the kernel that a call with M tokens would run."""
+    return cpu.choose(header, m, dtype) if backend(device_type)[0] is cpu else portable.NAME
+
+
+def pack_parts(qweight, scales, codebooks, group_size: int, shards) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re-arrange one (possibly fused) layer for its device; returns (packed uint8, header int64 on the CPU).
+
+    Args:
+        qweight: uint8 ``[N, K*bits/8]``, all shards one after the other.
+        scales: bf16 or fp16 ``[N, K/group_size]``.
+        codebooks: fp32 ``[S, 2**bits]``, one row a shard.
+        shards: output rows of each shard; they sum to N.
+    """
+    bits = codebooks.shape[1].bit_length() - 1
+    layout = backend(qweight.device.type)[0].LAYOUT
+    spec = Layout(layout, bits, group_size, qweight.shape[1] * 8 // bits, scales.dtype, tuple(shards))
+    header = spec.header()
+    return lut_pack_op(qweight.contiguous(), scales.contiguous(), codebooks.contiguous(), header), header
+
+
+def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = None) -> torch.Tensor:
+    """``x[..., K] @ W^T + bias`` for a LutTensor on x's device.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[..., K]``.
+        bias: ``[N]`` in x's dtype, or None.
+        kernel: "reference", a name that ``vllm-flute doctor`` lists, or None for the dispatcher's choice.
+
+    Returns ``[..., N]`` in x's dtype, accumulated in fp32. Raises FluteError for an unknown kernel or shape.
+    """
+    n, k = t.shape
+    if x.shape[-1] != k:
+        raise FluteError(f"x has K={x.shape[-1]}, {t.name} has K={k}")
+    if kernel == "reference":
+        return reference.linear(x, t, bias)
+    names = [item.name for item in kernels(x.device.type)]
+    if kernel and kernel not in names:
+        raise FluteError(f"unknown kernel {kernel!r} on {x.device.type} (known: reference, {', '.join(names)})")
+    if "packed" not in t.packed:
+        t.packed["packed"] = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [n])
+    packed, header = t.packed["packed"]
+    return lut_linear_op(x, packed, header, bias, n, kernel or "")

@@ -1,0 +1,9 @@
+"""The one exception type that this project raises for bad input."""
+
+
+class FluteError(ValueError):
+    """Bad input: a checkpoint, an option, a shape or a machine that cannot do what is asked.
+
+    The message is one line that names the file or tensor, what was found, what was expected
+    and what to do. Command lines print it without a traceback.
+    """

@@ -1,0 +1,5 @@
+"""Quantization methods, one a file. `quantize` is the data-free entry point."""
+
+from .round_to_nearest import quantize
+
+__all__ = ["quantize"]

@@ -1,0 +1,84 @@
+"""Round to nearest: one scale a group from the weights alone, then the nearest table entry (data-free)."""
+
+import torch
+
+from ..codebook import make_codebook
+from ..errors import FluteError
+from ..format import SCALE_DTYPES, LutTensor, check_group_size
+from ..packing import pack_codes
+
+# Rows worked on at once: bounds the fp32 copies to a few MiB, whatever the layer's size.
+_CHUNK_WEIGHTS = 1 << 22
+
+
+def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Code uint8 of the nearest codebook entry for each value; a tie takes the entry that is smaller."""
+    ascending, order = torch.unique(codebook, return_inverse=True)
+    # Of equal entries (a padded short table) the first keeps the code.
+    first = torch.full((ascending.numel(),), codebook.numel(), dtype=torch.int64)
+    first.scatter_reduce_(0, order.cpu(), torch.arange(codebook.numel()), "amin")
+    midpoints = (ascending[1:] + ascending[:-1]) / 2
+    index = torch.bucketize(values, midpoints)
+    return first.to(torch.uint8).to(values.device)[index]
+
+
+def group_scales(groups: torch.Tensor, codebook: torch.Tensor, name: str | None) -> torch.Tensor:
+    """One fp32 scale for each group ``[..., group_size]``.
+
+    The largest magnitude of a group meets the largest of the table; for ternary tables the scale is the mean
+    magnitude (BitNet b1.58, arXiv 2402.17764, equation 1 per group): absmax would round nearly all to zero.
+    """
+    if name == "ternary":
+        return groups.abs().mean(-1)
+    # A group whose extreme is positive is limited by the positive end of the table: int tables are lopsided.
+    top = min(codebook.max().item(), -codebook.min().item())
+    if top <= 0:  # a one-sided table given by the user
+        top = codebook.abs().max().item()
+    return groups.abs().amax(-1) / top
+
+
+def quantize(
+    weight: torch.Tensor,
+    bits: int = 4,
+    group_size: int = 64,
+    codebook: str | torch.Tensor = "nf",
+    scale_dtype: torch.dtype = torch.bfloat16,
+    name: str = "weight",
+) -> LutTensor:
+    """Quantize a weight ``[N, K]`` of any float dtype to a LutTensor on the same device.
+
+    Args:
+        bits: 2, 3 or 4.
+        group_size: inputs that share a scale: a multiple of 8 that divides K.
+        codebook: "nf", "fp4" (4 bits), "int", "ternary" (2 bits) or a tensor of at most ``2**bits`` values.
+        scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
+        name: what errors call this weight.
+
+    Raises:
+        FluteError: unsupported width, group size or codebook, or weights that are not finite.
+    """
+    table = make_codebook(codebook, bits).to(weight.device)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise FluteError(f"{name} is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]")
+    if scale_dtype not in SCALE_DTYPES:
+        raise FluteError(f"scale dtype {scale_dtype} is not supported (supported: bfloat16, float16)")
+    n, k = weight.shape
+    try:
+        check_group_size(group_size, k)
+    except FluteError as e:
+        raise FluteError(f"{name}: {e}") from None
+
+    qweight = torch.empty(n, k * bits // 8, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
+    rows = max(1, _CHUNK_WEIGHTS // k)
+    for i in range(0, n, rows):
+        groups = weight[i : i + rows].to(torch.float32).view(-1, k // group_size, group_size)
+        s = group_scales(groups, table, codebook if isinstance(codebook, str) else None).to(scale_dtype)
+        if not torch.isfinite(s).all():
+            raise FluteError(f"{name} has values that are not finite, or too large for {scale_dtype} scales")
+        s32 = s.to(torch.float32).unsqueeze(-1)
+        # A group of zeros has scale 0: divide by 1 instead, its weights are 0 whatever the code.
+        codes = nearest_codes(groups / torch.where(s32 > 0, s32, 1.0), table)
+        qweight[i : i + rows] = pack_codes(codes.view(-1, k), bits)
+        scales[i : i + rows] = s
+    return LutTensor(qweight, scales, table, name=name)
