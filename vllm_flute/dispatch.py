@@ -41,6 +41,11 @@ def kernels(device_type: str) -> list[Kernel]:
     return backend(device_type)[0].kernels()
 
 
+def isa(device_type: str) -> str:
+    """The instruction set that a device's kernels use."""
+    return cpu.describe()["isa"] if backend(device_type)[0] is cpu else "torch"
+
+
 def choose(header: torch.Tensor, m: int, dtype: torch.dtype, device_type: str) -> str:
     """The name of the kernel that a call with M tokens would run."""
     return cpu.choose(header, m, dtype) if backend(device_type)[0] is cpu else portable.NAME

@@ -1,0 +1,81 @@
+"""The linear method: lut-v1 parameters while loading, one packed tensor and one operator call afterwards."""
+
+from math import gcd
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from ..checkpoint import LayerSpec
+from ..dispatch import pack_parts
+from ..errors import FluteError
+from ..ops import lut_linear_op
+from . import metrics, params
+
+
+def _is_dummy_load() -> bool:
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+class FluteLinearMethod(LinearMethodBase):
+    """``y = x @ W^T + bias`` with W in lut-v1, for column-, row-, merged- and qkv-parallel linears and the head."""
+
+    def __init__(self, spec: LayerSpec, config, prefix: str):
+        self.spec, self.config, self.prefix = spec, config, prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader,
+        **kwargs,
+    ) -> None:
+        bits, k, n = self.spec.bits, input_size_per_partition, sum(output_partition_sizes)
+        stored_group = self.spec.group_size
+        if input_size % stored_group:
+            raise FluteError(
+                f"{self.prefix}: group size {stored_group} does not divide its K={input_size}; the checkpoint's "
+                "config.json is wrong for this layer: quantize again or add the layer to overrides"
+            )
+        if k % 8:
+            sizes = [str(tp) for tp in range(1, 65) if input_size % (tp * 8) == 0]
+            raise FluteError(
+                f"{self.prefix}: tensor parallel size {input_size // k} gives each rank K={k}, which splits a byte of "
+                f"{bits}-bit codes; sizes that work for K={input_size}: {', '.join(sizes)}"
+            )
+        group = gcd(stored_group, k)
+        layer.flute_group_size = group
+        layer.flute_shards = list(output_partition_sizes)
+        layer.flute_n = n
+        layer.register_parameter("qweight", params.codes(n, k * bits // 8, weight_loader))
+        layer.register_parameter(
+            "scales", params.scales(n, k // group, stored_group // group, weight_loader, self.prefix)
+        )
+        layer.register_parameter("codebook", params.codebooks(len(output_partition_sizes), 2**bits))
+        self.dummy = _is_dummy_load()
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Re-arrange for this device and free what was loaded."""
+        for part in ("qweight", "scales", "codebook"):
+            if not getattr(layer, part).loaded and not self.dummy:
+                raise FluteError(
+                    f"{self.prefix}.{part} is missing from the checkpoint although its config.json says that the layer "
+                    "is quantized; run 'vllm-flute inspect' on it"
+                )
+        packed, header = pack_parts(
+            layer.qweight.data, layer.scales.data, layer.codebook.data, layer.flute_group_size, layer.flute_shards
+        )
+        for part in ("qweight", "scales", "codebook"):
+            delattr(layer, part)
+        layer.register_parameter("packed", Parameter(packed, requires_grad=False))
+        layer.register_buffer("header", header, persistent=False)
+        metrics.layer_loaded(self.prefix, self.config.lut.codebook, packed, header)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return lut_linear_op(x, layer.packed, layer.header, bias, layer.flute_n, "")
