@@ -3,6 +3,7 @@
 `register` is the entry point of the group ``vllm.general_plugins``: vLLM calls it in every process it starts.
 """
 
+import logging
 import sys
 
 from ..errors import FluteError
@@ -18,12 +19,21 @@ def _one_line(exc_type, exc, traceback, previous=sys.excepthook):
 
 
 def register() -> None:
-    """Register the quantization method ``flute``; calling it again changes nothing."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    """Register the quantization method ``flute``; calling it again changes nothing.
 
-    if QUANT_METHOD in QUANTIZATION_METHODS:
+    Never raises: an exception here would end every vLLM process of the environment, whatever it serves.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+
+        if QUANT_METHOD in QUANTIZATION_METHODS:
+            return
+        from .config import FluteConfig
+    except ImportError as e:
+        logging.getLogger(__name__).error(
+            "the quantization method %r is not available: vllm-flute supports vLLM 0.25 to 0.33 (%s)", QUANT_METHOD, e
+        )
         return
-    from .config import FluteConfig
 
     register_quantization_config(QUANT_METHOD)(FluteConfig)
     sys.excepthook = _one_line

@@ -1,0 +1,278 @@
+"""The served model, end to end: real `vllm serve` processes, one battery of questions, answers compared.
+
+Each configuration is served once, asked everything, and stopped; the tests compare what was answered. Equality is
+proved in float32, where there are no ties; bf16 may differ where the reference's own two best tokens are a tie.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from checkpoints import make_llama31
+
+from vllm_flute.checkpoint import dequantize_checkpoint, quantize_checkpoint, write_demo_model
+from vllm_flute.serve import Client, Server
+from vllm_flute.serve.client import metric_total
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village,",
+    "The three primary colors are",
+    "To make a good cup of tea, first",
+    "In 1969, the first humans",
+    "The theory of evolution was proposed by",
+    "My favourite recipe for bread needs",
+    "A list of the planets in order:",
+    "The best way to learn a language is",
+    "import numpy as np\n",
+    "Shakespeare wrote many plays, such as",
+    "The difference between a cat and a dog is",
+    "When the sun sets over the ocean,",
+    "Q: What is 12 times 3?\nA:",
+)
+TOKENS = 32
+COUNTED_TOKENS = 8
+CHAT = [{"role": "user", "content": "Name three fruits and say which is the sweetest."}]
+
+# Traces the model as in production but skips Inductor: what most of these servers need, at a third of the start-up.
+TRACED = {"VLLM_CPU_CI_ENV": "1"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+ARGS = ["--max-model-len", "512", "--max-num-seqs", "32"]
+FLUTE = ["--quantization", "flute"]
+
+# Stated bounds on log-probabilities. In float32 kernels differ by the order of a sum. In bf16 a logit of
+# magnitude 16 to 32 is rounded to 1/8, which is the tie that greedy text may break either way.
+FLOAT32_LOGPROB = 1e-4
+BF16_TIE = 0.25
+
+
+class Answers(NamedTuple):
+    texts: list[str]  # one request with all prompts
+    tokens: list[list[str]]
+    logprobs: list[list[float]]  # of the chosen tokens
+    top: list[list[dict[str, float]]]  # the two best at each position
+    single: str  # the first prompt alone
+    chat: str
+    streamed_completion: str
+    streamed_chat: str
+    metrics: tuple[dict, dict]  # before and after one request of COUNTED_TOKENS
+    usage: dict  # of that request
+
+
+def ask(url: str) -> Answers:
+    import openai
+
+    client = Client(url)
+    choices = client.complete(list(PROMPTS), TOKENS, logprobs=2)
+    choices.sort(key=lambda c: c["index"])
+    logprobs = [c["logprobs"] for c in choices]
+    official = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+    options = {"model": "model", "max_tokens": TOKENS, "temperature": 0}
+    chat = official.chat.completions.create(messages=CHAT, **options)
+    streamed = official.completions.create(prompt=PROMPTS[0], stream=True, **options)
+    streamed_chat = official.chat.completions.create(messages=CHAT, stream=True, **options)
+    before = client.metrics()
+    body = {"model": "model", "prompt": PROMPTS[3], "max_tokens": COUNTED_TOKENS, "ignore_eos": True}
+    usage = client.post("/v1/completions", body)["usage"]
+    return Answers(
+        texts=[c["text"] for c in choices],
+        tokens=[lp["tokens"] for lp in logprobs],
+        logprobs=[lp["token_logprobs"] for lp in logprobs],
+        top=[lp["top_logprobs"] for lp in logprobs],
+        single=client.complete(PROMPTS[0], TOKENS)[0]["text"],
+        chat=chat.choices[0].message.content,
+        streamed_completion="".join(chunk.choices[0].text for chunk in streamed if chunk.choices),
+        streamed_chat="".join(c.choices[0].delta.content or "" for c in streamed_chat if c.choices),
+        metrics=(before, client.metrics()),
+        usage=usage,
+    )
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="session")
+def models(work):
+    """Checkpoints by name, made on first use: smol (real weights) and llama (LLaMA-3.1's features), quantized
+    ("-flute") and the same dequantized ("-float32", "-bfloat16")."""
+
+    def smol() -> Path:
+        return write_demo_model(work / "smol")
+
+    def llama() -> Path:
+        make_llama31(work / "llama")
+        return work / "llama"
+
+    def smol_flute() -> Path:
+        quantize_checkpoint(get("smol"), work / "smol-flute", bits=4, group_size=64, codebook="nf")
+        return work / "smol-flute"
+
+    def llama_flute() -> Path:
+        """3 bits, a quantized head, one layer at other bits, and a different codebook for one shard of a layer."""
+        out = work / "llama-flute"
+        quantize_checkpoint(get("llama"), out, bits=3, group_size=64, codebook="nf", lm_head=True)
+        index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+        name = "model.layers.1.self_attn.k_proj.codebook"
+        shard = out / index[name]
+        tensors = safetensors.torch.load_file(shard)
+        tensors[name] = torch.linspace(-1.2, 0.9, 8)
+        safetensors.torch.save_file(tensors, shard, metadata={"format": "pt"})
+        return out
+
+    def dequantized(source: str, dtype: str) -> Path:
+        out = work / f"{source}-{dtype}"
+        dequantize_checkpoint(get(source), out, dtype=dtype)
+        return out
+
+    makers = {"smol": smol, "llama": llama, "smol-flute": smol_flute, "llama-flute": llama_flute}
+
+    @cache
+    def get(name: str) -> Path:
+        if name in makers:
+            return makers[name]()
+        return dequantized(*name.rsplit("-", 1))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def answers(models, work):
+    """answers(model, *args, **env): the battery's answers from that server, which runs once a session."""
+
+    @cache
+    def run(model: str, *args: str, env: tuple = ()) -> Answers:
+        log = work / f"server-{model}-{abs(hash((args, env)))}.log"
+        with Server(models(model), log, [*ARGS, *args], ENVIRONMENT | dict(env), start_seconds=300) as server:
+            return ask(server.url)
+
+    return run
+
+
+F32 = ("--dtype", "float32")
+EAGER = ("--enforce-eager",)
+
+
+@pytest.fixture(scope="session")
+def smol_plain(answers):
+    return answers("smol-flute-float32", *F32, *EAGER)
+
+
+@pytest.fixture(scope="session")
+def smol_flute(answers):
+    return answers("smol-flute", *F32, *FLUTE, env=tuple(TRACED.items()))
+
+
+@pytest.fixture(scope="session")
+def llama_plain(answers):
+    return answers("llama-flute-float32", *F32, *EAGER)
+
+
+def assert_same(actual: Answers, expected: Answers) -> None:
+    """The same greedy text everywhere, and log-probabilities within the stated bound."""
+    assert actual.tokens == expected.tokens
+    assert (actual.texts, actual.single) == (expected.texts, expected.single)
+    assert (actual.chat, actual.streamed_completion, actual.streamed_chat) == (
+        expected.chat,
+        expected.streamed_completion,
+        expected.streamed_chat,
+    )
+    worst = (torch.tensor(actual.logprobs) - torch.tensor(expected.logprobs)).abs().max().item()
+    print(f"largest difference of a log-probability: {worst:.2e}")
+    assert worst < FLOAT32_LOGPROB
+
+
+def test_float32_text_is_that_of_the_dequantized_model(smol_flute, smol_plain):
+    assert all(len(tokens) == TOKENS for tokens in smol_plain.tokens)
+    assert "Paris" in smol_plain.texts[0]
+    assert_same(smol_flute, smol_plain)
+
+
+def test_streams_and_single_requests_agree_with_the_batch(smol_flute):
+    assert smol_flute.single == smol_flute.texts[0] == smol_flute.streamed_completion
+    assert smol_flute.chat and smol_flute.chat == smol_flute.streamed_chat
+
+
+def test_three_ranks_agree_in_float32(answers, smol_plain):
+    """SmolLM2's 9 and 3 heads split in three; K of 192 a rank keeps whole groups of 64."""
+    three = ("--tensor-parallel-size", "3")
+    got = answers("smol-flute", *F32, *EAGER, *FLUTE, *three, env=(("VLLM_CPU_OMP_THREADS_BIND", "0|1|1"),))
+    assert_same(got, smol_plain)
+
+
+def test_bf16_compiled_text_up_to_ties(answers):
+    """Compiled as in production. Where texts part, the plain model's two candidates must be a tie."""
+    plain = answers("smol-flute-bfloat16", "--dtype", "bfloat16", *EAGER)
+    flute = answers("smol-flute", "--dtype", "bfloat16", *FLUTE)
+    same = 0
+    for prompt in range(len(PROMPTS)):
+        pairs = zip(flute.tokens[prompt], plain.tokens[prompt], strict=True)
+        parted = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if parted is None:
+            same += 1
+            continue
+        best = plain.top[prompt][parted]
+        chosen = flute.tokens[prompt][parted]
+        assert chosen in best, f"{PROMPTS[prompt]!r} parts at {parted} for {chosen!r}, not among {best}"
+        assert max(best.values()) - best[chosen] <= BF16_TIE, (PROMPTS[prompt], parted, chosen, best)
+    print(f"{same} of {len(PROMPTS)} texts are the same to the token")
+
+
+def test_llama31_features_at_three_bits(answers, llama_plain):
+    """rope_scaling llama3, GQA, untied quantized head, sharded checkpoint, another codebook for one fused shard."""
+    assert_same(answers("llama-flute", *F32, *FLUTE, env=tuple(TRACED.items())), llama_plain)
+
+
+def test_two_ranks_agree_in_float32(answers, llama_plain):
+    two = ("--tensor-parallel-size", "2")
+    got = answers("llama-flute", *F32, *EAGER, *FLUTE, *two, env=(("VLLM_CPU_OMP_THREADS_BIND", "0|1"),))
+    assert_same(got, llama_plain)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metrics_count_exactly(answers, ranks):
+    """Every token of a request passes every quantized layer of every rank once, in one call a step."""
+    if ranks == 1:
+        got = answers("llama-flute", *F32, *FLUTE, env=tuple(TRACED.items()))
+    else:
+        two = ("--tensor-parallel-size", "2")
+        got = answers("llama-flute", *F32, *EAGER, *FLUTE, *two, env=(("VLLM_CPU_OMP_THREADS_BIND", "0|1"),))
+    before, after = got.metrics
+
+    def new(name: str, **labels) -> float:
+        return metric_total(after, name, **labels) - metric_total(before, name, **labels)
+
+    layers = metric_total(after, "vllm_flute:layers", layout="tile16")
+    blocks = metric_total(after, "vllm_flute:layers", layer_group="qkv_proj")
+    assert layers == 4 * blocks + 1  # and the head
+    steps = COUNTED_TOKENS
+    assert new("vllm_flute:kernel_calls_total") == ranks * layers * steps
+    # All prompt tokens in the first step, then one a step; the head sees one token a step.
+    prompt = got.usage["prompt_tokens"]
+    tokens = (layers - 1) * (prompt + steps - 1) + steps
+    assert new("vllm_flute:kernel_tokens_total") == ranks * tokens
+    assert new("vllm_flute:kernel_calls_total", m_bucket="1") == ranks * (layers * (steps - 1) + 1)
+    resident = metric_total(after, "vllm_flute:quantized_weight_bytes")
+    assert new("vllm_flute:weight_bytes_streamed_total", m_bucket="1") >= resident * (steps - 1)
+    assert metric_total(after, "vllm_flute:build_info") == 1
+    # Beside vLLM's own.
+    assert new("vllm:generation_tokens_total") == steps
+
+
+def test_metrics_describe_the_layers(smol_flute):
+    _, after = smol_flute.metrics
+    for group in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+        labels = {"layer_group": group, "bits": "4", "group_size": "64", "codebook": "nf"}
+        assert metric_total(after, "vllm_flute:layers", **labels) == 30
+    # 106 million weights of 4 bits and a 16-bit scale for 64 of them.
+    resident = metric_total(after, "vllm_flute:quantized_weight_bytes")
+    assert resident == pytest.approx(106.2e6 * (4 + 16 / 64) / 8, rel=0.02)

@@ -1,0 +1,55 @@
+"""Asking a vLLM server: the few endpoints that evaluation, benchmarks and tests need."""
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from ..errors import FluteError
+
+
+class Client:
+    """A server at ``url`` that serves one model."""
+
+    def __init__(self, url: str, timeout: float = 600):
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.session = requests.Session()
+
+    def post(self, path: str, body: dict) -> dict:
+        """POST JSON, return JSON; FluteError with the server's own message where it refuses."""
+        try:
+            answer = self.session.post(self.url + path, json=body, timeout=self.timeout)
+        except requests.RequestException as e:
+            raise FluteError(f"{self.url}{path} does not answer: {e}") from None
+        if not answer.ok:
+            raise FluteError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
+        return answer.json()
+
+    def model(self) -> tuple[str, int]:
+        """(name, context length in tokens) of the served model."""
+        try:
+            card = self.session.get(f"{self.url}/v1/models", timeout=self.timeout).json()["data"][0]
+        except (requests.RequestException, KeyError, IndexError, ValueError) as e:
+            raise FluteError(f"{self.url}/v1/models does not describe a model: {e}") from None
+        return card["id"], card["max_model_len"]
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text by the server's own tokenizer."""
+        return self.post("/tokenize", {"prompt": text, "add_special_tokens": special})["tokens"]
+
+    def complete(self, prompt, max_tokens: int, **options) -> list[dict]:
+        """Greedy ``/v1/completions`` choices for a text, a list of texts or token ids."""
+        body = {"model": self.model()[0], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return self.post("/v1/completions", body | options)["choices"]
+
+    def metrics(self) -> dict[tuple[str, frozenset], float]:
+        """Samples of /metrics by (name, label pairs)."""
+        text = self.session.get(f"{self.url}/metrics", timeout=self.timeout).text
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+def metric_total(samples: dict, name: str, **labels: str) -> float:
+    """Sum of the samples of a metric whose labels include the given ones."""
+    return sum(value for (n, have), value in samples.items() if n == name and labels.items() <= dict(have).items())

@@ -1,0 +1,93 @@
+"""A `vllm serve` process: started, waited for, ended with everything it started."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import requests
+
+from ..errors import FluteError
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """``with Server(model, log) as server:`` serves a model on a free local port; ``server.url`` answers.
+
+    Args:
+        model: a directory or hub id.
+        log: the file that takes the server's output.
+        args: further arguments of `vllm serve`.
+        env: additions to the environment.
+        start_seconds: how long it may take until /health answers.
+
+    Raises:
+        FluteError: the server ended or did not answer in time; names the log and its last error line.
+    """
+
+    def __init__(self, model, log: Path, args=(), env=None, start_seconds: float = 600):
+        self.model, self.log, self.args, self.env = str(model), Path(log), list(args), dict(env or {})
+        self.start_seconds = start_seconds
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Server":
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        vllm = Path(sys.executable).with_name("vllm")
+        command = [str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]
+        with open(self.log, "w") as out:
+            self.process = subprocess.Popen(
+                command + ["--served-model-name", "model", *self.args],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"VLLM_NO_USAGE_STATS": "1"} | self.env,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.start_seconds
+        while True:
+            if self.process.poll() is not None:
+                raise FluteError(f"vllm serve {self.model} ended at start (see {self.log}): {self._last_error()}")
+            if time.monotonic() > deadline:
+                raise FluteError(f"vllm serve {self.model} did not answer in {self.start_seconds:.0f} s: see {self.log}")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return
+            time.sleep(0.25)
+
+    def _last_error(self) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if "rror" in line]
+        return lines[-1].strip() if lines else "no error line"
+
+    def __exit__(self, *exc_info) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and its workers (they share one process group)."""
+        if self.process is None:
+            return
+        for sig, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sig)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+                break
+        # The API server may be gone before its engine.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
