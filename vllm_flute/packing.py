@@ -9,6 +9,11 @@ from .codebook import check_bits
 from .errors import FluteError
 
 
+def _positions(bits: int) -> list[tuple[int, int, int]]:
+    """(code, byte, shift) of each of the eight codes that fill ``bits`` whole bytes."""
+    return [(i, i * bits // 8, i * bits % 8) for i in range(8)]
+
+
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes uint8 ``[N, K]`` (each below ``2**bits``, K a multiple of 8) to uint8 ``[N, K*bits//8]``."""
     check_bits(bits)
@@ -19,11 +24,13 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise FluteError(f"code {int(codes.max())} is beyond the codebook: {bits} bits hold codes 0 to {2**bits - 1}")
     n, k = codes.shape
-    # Eight codes fill `bits` whole bytes.
-    octets = codes.reshape(n, k // 8, 8).to(torch.int64)
-    word = (octets << (torch.arange(8, device=codes.device) * bits)).sum(-1, keepdim=True)
-    stream = (word >> (torch.arange(bits, device=codes.device) * 8)) & 0xFF
-    return stream.to(torch.uint8).reshape(n, k * bits // 8)
+    octets = codes.reshape(n, k // 8, 8)
+    out = torch.zeros(n, k // 8, bits, dtype=torch.uint8, device=codes.device)
+    for i, byte, shift in _positions(bits):
+        out[..., byte] |= octets[..., i] << shift
+        if shift + bits > 8:  # the code continues in the next byte
+            out[..., byte + 1] |= octets[..., i] >> (8 - shift)
+    return out.view(n, k * bits // 8)
 
 
 def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -35,7 +42,11 @@ def unpack_codes(qweight: torch.Tensor, bits: int) -> torch.Tensor:
             f"with a row of a multiple of {bits} bytes"
         )
     n, row = qweight.shape
-    octets = qweight.reshape(n, row // bits, bits).to(torch.int64)
-    word = (octets << (torch.arange(bits, device=qweight.device) * 8)).sum(-1, keepdim=True)
-    codes = (word >> (torch.arange(8, device=qweight.device) * bits)) & (2**bits - 1)
-    return codes.to(torch.uint8).reshape(n, row * 8 // bits)
+    stream = qweight.reshape(n, row // bits, bits)
+    codes = torch.empty(n, row // bits, 8, dtype=torch.uint8, device=qweight.device)
+    for i, byte, shift in _positions(bits):
+        code = stream[..., byte] >> shift
+        if shift + bits > 8:
+            code |= stream[..., byte + 1] << (8 - shift)
+        codes[..., i] = code & (2**bits - 1)
+    return codes.view(n, row * 8 // bits)

@@ -6,7 +6,7 @@ import torch
 def dequantize(t, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Weight ``[N, K]`` of a LutTensor: ``codebook[code] * scale`` in fp32, rounded once to ``dtype``."""
     n, k = t.shape
-    values = t.codebook[t.codes().to(torch.int32)]
+    values = t.codebook.index_select(0, t.codes().view(-1).to(torch.int32))
     weight = values.view(n, -1, t.group_size) * t.scales.to(torch.float32).unsqueeze(-1)
     return weight.view(n, k).to(dtype)
 

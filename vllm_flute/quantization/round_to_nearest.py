@@ -1,5 +1,7 @@
 """Round to nearest: one scale a group from the weights alone, then the nearest table entry (data-free)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from ..codebook import make_codebook
@@ -7,8 +9,9 @@ from ..errors import FluteError
 from ..format import SCALE_DTYPES, LutTensor, check_group_size
 from ..packing import pack_codes
 
-# Rows worked on at once: bounds the fp32 copies to a few MiB, whatever the layer's size.
-_CHUNK_WEIGHTS = 1 << 22
+# Weights worked on at once. They stay in a core's cache, and torch runs operations of fewer than 32768 elements on
+# the calling thread: dozens of small parallel sections would crawl on a machine whose cores are busy.
+_CHUNK_WEIGHTS = (1 << 15) - 1
 
 
 def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -18,8 +21,12 @@ def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     first = torch.full((ascending.numel(),), codebook.numel(), dtype=torch.int64)
     first.scatter_reduce_(0, order.cpu(), torch.arange(codebook.numel()), "amin")
     midpoints = (ascending[1:] + ascending[:-1]) / 2
-    index = torch.bucketize(values, midpoints)
-    return first.to(torch.uint8).to(values.device)[index]
+    # At most 15 comparisons in cache: half the time of torch.bucketize.
+    index = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for midpoint in midpoints.tolist():
+        index += values > midpoint
+    codes = first.to(torch.uint8).to(values.device).index_select(0, index.view(-1).to(torch.int32))
+    return codes.view(values.shape)
 
 
 def group_scales(groups: torch.Tensor, codebook: torch.Tensor, name: str | None) -> torch.Tensor:
@@ -71,7 +78,8 @@ def quantize(
     qweight = torch.empty(n, k * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
     rows = max(1, _CHUNK_WEIGHTS // k)
-    for i in range(0, n, rows):
+
+    def convert(i: int) -> None:
         groups = weight[i : i + rows].to(torch.float32).view(-1, k // group_size, group_size)
         s = group_scales(groups, table, codebook if isinstance(codebook, str) else None).to(scale_dtype)
         if not torch.isfinite(s).all():
@@ -81,4 +89,8 @@ def quantize(
         codes = nearest_codes(groups / torch.where(s32 > 0, s32, 1.0), table)
         qweight[i : i + rows] = pack_codes(codes.view(-1, k), bits)
         scales[i : i + rows] = s
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(convert, range(0, n, rows)):
+            pass
     return LutTensor(qweight, scales, table, name=name)

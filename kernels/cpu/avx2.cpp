@@ -1,0 +1,22 @@
+// The AVX2 kernels (with FMA and F16C).
+#include "isa.inc.h"
+
+namespace flute {
+namespace {
+#include "vec_avx2.inc.h"
+#include "decode.inc.h"
+#include "math_f32.inc.h"
+#include "gemv.inc.h"
+#include "tile.inc.h"
+
+const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
+
+}  // namespace
+
+const Kernel kAvx2Kernels[] = {
+    {"gemv-avx2", kAvx2, 1, refuses_nothing, gemv_passes, gemv_run<MathF32>},
+    {"tile-avx2", kAvx2, 2, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {},
+};
+
+}  // namespace flute

@@ -1,0 +1,22 @@
+// The AVX-512 kernels (F, BW, DQ, VL).
+#include "isa.inc.h"
+
+namespace flute {
+namespace {
+#include "vec_avx512.inc.h"
+#include "decode.inc.h"
+#include "math_f32.inc.h"
+#include "gemv.inc.h"
+#include "tile.inc.h"
+
+const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
+
+}  // namespace
+
+const Kernel kAvx512Kernels[] = {
+    {"gemv-avx512", kAvx512, 3, refuses_nothing, gemv_passes, gemv_run<MathF32>},
+    {"tile-avx512", kAvx512, 4, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {},
+};
+
+}  // namespace flute

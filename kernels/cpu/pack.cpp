@@ -1,0 +1,152 @@
+// The TILE16 layout: what a header means, and the way between the checkpoint's order and tiles.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "flute.h"
+
+namespace flute {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& why) {
+  throw std::invalid_argument("packed-weight header: " + why + ": pack the weights again with this version");
+}
+
+// 32 codes of a row as three words, between the stream's order and the tile's (see flute.h). Five codes are
+// 15 bits in both, so the stream is cut in six such pieces and the last two codes.
+void stream_to_tile3(const uint32_t in[3], uint32_t out[3]) {
+  const uint64_t low = in[0] | uint64_t(in[1]) << 32, high = in[1] >> 13 | uint64_t(in[2]) << 19;  // from bit 45
+  const uint32_t last = in[2] >> 26;
+  for (int j = 0; j < 3; ++j) {
+    uint32_t half[2];
+    for (int h = 0; h < 2; ++h) {
+      const int q = 2 * j + h;
+      half[h] = uint32_t(q < 3 ? low >> 15 * q : high >> 15 * (q - 3)) & 0x7fff;
+      half[h] |= (last >> (3 * h + j) & 1) << 15;
+    }
+    out[j] = half[0] | half[1] << 16;
+  }
+}
+
+void tile3_to_stream(const uint32_t in[3], uint32_t out[3]) {
+  uint64_t low = 0, high = 0;  // bits 0-44 and 45-95
+  for (int q = 0; q < 6; ++q) {
+    const uint32_t half = in[q / 2] >> 16 * (q % 2);
+    (q < 3 ? low : high) |= uint64_t(half & 0x7fff) << 15 * (q % 3);
+    high |= uint64_t(half >> 15 & 1) << (45 + 3 * (q % 2) + q / 2);
+  }
+  out[0] = uint32_t(low);
+  out[1] = uint32_t(low >> 32 | high << 13);
+  out[2] = uint32_t(high >> 19);
+}
+
+}  // namespace
+
+Weights parse_header(const int64_t* h, int64_t length) {
+  // The limits keep every product below in 64 bits.
+  constexpr int64_t kMaxK = int64_t(1) << 28, kMaxN = int64_t(1) << 31;
+  if (length <= kHeaderFixed || h[kFieldMagic] != kMagic) refuse("not one");
+  if (h[kFieldAbi] != kAbi) refuse("ABI " + std::to_string(h[kFieldAbi]) + ", this library reads ABI " + std::to_string(kAbi));
+  if (h[kFieldLayout] != kTile16) refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layout 1 (tile16)");
+  if (h[kFieldBits] < 2 || h[kFieldBits] > 4) refuse(std::to_string(h[kFieldBits]) + " bits, expected 2, 3 or 4");
+  Weights w{};
+  w.bits = int(h[kFieldBits]);
+  w.group_size = h[kFieldGroupSize];
+  w.k = h[kFieldK];
+  if (w.k < 8 || w.k > kMaxK || w.k % 8) refuse("K=" + std::to_string(w.k) + ", expected a multiple of 8");
+  if (w.group_size < 8 || w.group_size % 8 || w.k % w.group_size) {
+    refuse("group size " + std::to_string(w.group_size) + ", expected a multiple of 8 that divides K=" + std::to_string(w.k));
+  }
+  if (h[kFieldScaleDtype] != kScaleBf16 && h[kFieldScaleDtype] != kScaleF16) refuse("unknown dtype of scales");
+  w.scale_dtype = ScaleDtype(h[kFieldScaleDtype]);
+  w.groups = w.k / w.group_size;
+  w.n_shards = h[kFieldShards];
+  if (w.n_shards != length - kHeaderFixed) refuse("number of shards does not match its length");
+  w.shards = h + kHeaderFixed;
+  for (int64_t s = 0; s < w.n_shards; ++s) {
+    const int64_t rows = w.shards[s];
+    if (rows < 1 || rows > kMaxN - w.n) refuse("shard " + std::to_string(s) + " has " + std::to_string(rows) + " rows");
+    w.n += rows;
+    w.tiles += divide_up(rows, kTileRows);
+  }
+  w.chunks = divide_up(w.k, kChunk);
+  w.scale_offset = w.chunks * w.bits * 64;
+  w.tile_bytes = w.scale_offset + divide_up(w.groups * kTileRows * 2, 64) * 64;
+  w.bytes = w.n_shards * kBookBytes + w.tiles * w.tile_bytes;
+  return w;
+}
+
+TileRows tile_rows(const Weights& w, int64_t tile) {
+  int64_t first = 0, shard = 0;
+  for (;; ++shard) {
+    const int64_t rows = w.shards[shard], tiles = divide_up(rows, kTileRows);
+    if (tile < tiles) {
+      const int64_t count = std::min<int64_t>(kTileRows, rows - tile * kTileRows);
+      return {first + tile * kTileRows, int(count), reinterpret_cast<const float*>(w.packed + shard * kBookBytes)};
+    }
+    tile -= tiles;
+    first += rows;
+  }
+}
+
+void pack(const Weights& weights, const uint8_t* qweight, const uint16_t* scales, const float* books, uint8_t* packed, const Parallel& parallel) {
+  Weights w = weights;
+  w.packed = packed;
+  const int size = 1 << w.bits;
+  float* out_books = reinterpret_cast<float*>(packed);
+  for (int64_t i = 0; i < w.n_shards * 16; ++i) out_books[i] = books[i / 16 * size + i % size];
+  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.bits * 4;
+  for_each(parallel, w.tiles, parallel.threads, [&](int64_t tile) {
+    const TileRows rows = tile_rows(w, tile);
+    uint8_t* out = packed + (tile_data(w, tile) - packed);
+    uint32_t* words = reinterpret_cast<uint32_t*>(out);
+    for (int64_t c = 0; c < w.chunks; ++c, words += w.bits * kTileRows) {
+      const int64_t bytes = std::min(chunk_bytes, row_bytes - c * chunk_bytes);
+      for (int r = 0; r < kTileRows; ++r) {
+        uint32_t in[4] = {}, moved[3];
+        const uint32_t* from = in;
+        const uint8_t* source = qweight + (rows.first + r) * row_bytes + c * chunk_bytes;
+        if (r < rows.count) {
+          if (bytes == 16) memcpy(in, source, 16);
+          else memcpy(in, source, size_t(bytes));
+        }
+        if (w.bits == 3) stream_to_tile3(in, moved), from = moved;
+        for (int j = 0; j < w.bits; ++j) words[j * kTileRows + r] = from[j];
+      }
+    }
+    uint16_t* out_scales = reinterpret_cast<uint16_t*>(out + w.scale_offset);
+    memset(out_scales, 0, size_t(w.tile_bytes - w.scale_offset));
+    for (int r = 0; r < rows.count; ++r) {
+      for (int64_t g = 0; g < w.groups; ++g) out_scales[g * kTileRows + r] = scales[(rows.first + r) * w.groups + g];
+    }
+  });
+}
+
+void unpack(const Weights& w, uint8_t* qweight, uint16_t* scales, float* books, const Parallel& parallel) {
+  const int size = 1 << w.bits;
+  const float* in_books = reinterpret_cast<const float*>(w.packed);
+  for (int64_t i = 0; i < w.n_shards * size; ++i) books[i] = in_books[i / size * 16 + i % size];
+  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.bits * 4;
+  for_each(parallel, w.tiles, parallel.threads, [&](int64_t tile) {
+    const TileRows rows = tile_rows(w, tile);
+    const uint8_t* data = tile_data(w, tile);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(data);
+    for (int64_t c = 0; c < w.chunks; ++c, words += w.bits * kTileRows) {
+      const int64_t bytes = std::min(chunk_bytes, row_bytes - c * chunk_bytes);
+      for (int r = 0; r < rows.count; ++r) {
+        uint32_t in[4], moved[3];
+        const uint32_t* from = in;
+        for (int j = 0; j < w.bits; ++j) in[j] = words[j * kTileRows + r];
+        if (w.bits == 3) tile3_to_stream(in, moved), from = moved;
+        memcpy(qweight + (rows.first + r) * row_bytes + c * chunk_bytes, from, size_t(bytes));
+      }
+    }
+    const uint16_t* in_scales = reinterpret_cast<const uint16_t*>(data + w.scale_offset);
+    for (int r = 0; r < rows.count; ++r) {
+      for (int64_t g = 0; g < w.groups; ++g) scales[(rows.first + r) * w.groups + g] = in_scales[g * kTileRows + r];
+    }
+  });
+}
+
+}  // namespace flute

@@ -1,0 +1,203 @@
+// The contract between the native kernels and their callers: what a packed weight looks like, what a kernel
+// is, and what the library exports. vllm_flute/layout.py and vllm_flute/counters.py hold the same numbers.
+//
+// Functions here are `static` on purpose: every instruction set is a translation unit with its own compiler
+// flags, and an inline function with external linkage could be kept in its AVX-512 copy and run on a CPU
+// that has none.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the packed layout is little-endian"
+#endif
+
+namespace flute {
+
+// ---------------------------------------------------------------------------------------------------------
+// Header: int64 [8 + S].
+constexpr int64_t kMagic = 0x464C555445;  // "FLUTE"
+constexpr int64_t kAbi = 1;
+enum HeaderField { kFieldMagic, kFieldAbi, kFieldLayout, kFieldBits, kFieldGroupSize, kFieldK, kFieldScaleDtype,
+                   kFieldShards, kHeaderFixed };
+enum Layout : int64_t { kRows = 0, kTile16 = 1 };
+enum ScaleDtype : int64_t { kScaleBf16 = 0, kScaleF16 = 1 };
+enum Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of activations, bias and result
+
+// ---------------------------------------------------------------------------------------------------------
+// Layout TILE16. The packed tensor is
+//
+//   codebooks   S x 16 fp32; shorter tables repeat, so that the index bits above a code do not matter
+//   tiles       each shard begins a new tile of 16 output rows; missing rows of its last tile are zero
+//
+// and a tile, whose size is a multiple of 64 bytes, is one sequential stream:
+//
+//   codes       for every chunk of 32 inputs: `bits` vectors of 16 uint32, lane r belonging to row r
+//   scales      G x 16 in the checkpoint's 16-bit type, padded to 64 bytes
+//
+// K is padded to a multiple of 32 with zero codes, which no kernel multiplies. Within a chunk, code k is in
+//
+//   4 bits      word k/8 at bit 4*(k%8)
+//   2 bits      word k/16 at bit 2*(k%16)
+//   3 bits      k < 30: with q = k/5, word q/2 at bit 16*(q%2) + 3*(k%5); codes 30 and 31 are bits 15 and 31
+//               of words 0, 1, 2 (lowest first)
+//
+// Two and four bits are the checkpoint's stream transposed word by word. Three bits are moved so that no code
+// crosses a 16-bit half, which lets kernels shift and look up in 32-bit or in 16-bit lanes alike.
+constexpr int kTileRows = 16;
+constexpr int kChunk = 32;
+constexpr int64_t kBookBytes = 16 * sizeof(float);
+
+// One layer's weights, as a valid header explains them.
+struct Weights {
+  int bits;
+  int64_t group_size, k, n, groups;
+  ScaleDtype scale_dtype;
+  const int64_t* shards;  // rows of each
+  int64_t n_shards;
+  int64_t chunks, tiles, scale_offset, tile_bytes, bytes;  // scale_offset is within a tile
+  const uint8_t* packed;
+};
+
+// The rows of y that a tile computes, and whose codebook it uses.
+struct TileRows {
+  int64_t first;
+  int count;
+  const float* book;
+};
+
+// Reads a header of `length` fields; throws std::invalid_argument with one line that says what is wrong.
+Weights parse_header(const int64_t* header, int64_t length);
+TileRows tile_rows(const Weights& w, int64_t tile);
+static inline const uint8_t* tile_data(const Weights& w, int64_t tile) {
+  return w.packed + w.n_shards * kBookBytes + tile * w.tile_bytes;
+}
+
+// Code k (0..31) of a row in a chunk: the layout in code, for the scalar users of it.
+static inline unsigned tile16_code(const uint32_t* chunk, int bits, int row, int k) {
+  const uint32_t* word = chunk + row;
+  if (bits == 4) return word[k / 8 * 16] >> (k % 8 * 4) & 15;
+  if (bits == 2) return word[k / 16 * 16] >> (k % 16 * 2) & 3;
+  if (k < 30) return word[k / 10 * 16] >> (k / 5 % 2 * 16 + k % 5 * 3) & 7;
+  const int top = k == 30 ? 15 : 31;
+  return (word[0] >> top & 1) | (word[16] >> top & 1) << 1 | (word[32] >> top & 1) << 2;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Threads are the caller's: `run` calls body(begin, end, context) over [0, n), each index once.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+};
+
+// Calls item(i, context) for i in [0, n) with at most `workers` threads. Threads take items as they come
+// free, so a busy core delays nobody; no result may depend on who computed it.
+void for_each(const Parallel& parallel, int64_t n, int64_t workers, void (*item)(int64_t i, void* context), void* context);
+
+template <class F>
+static void for_each(const Parallel& parallel, int64_t n, int64_t workers, const F& f) {
+  for_each(parallel, n, workers, [](int64_t i, void* c) { (*static_cast<const F*>(c))(i); }, const_cast<F*>(&f));
+}
+
+// A buffer of this thread, 64-byte aligned, that grows and is kept: no allocation on a warm path. The caller
+// of a kernel uses kInput for activations, and every worker (which the caller may be too) kWorker.
+enum ScratchUse { kInput, kWorker, kScratchUses };
+void* scratch(ScratchUse use, size_t bytes);
+
+// ---------------------------------------------------------------------------------------------------------
+// y[M, N] = x[M, K] W^T + bias[N] (bias may be null), all of one dtype and contiguous; fp32 sums.
+struct Call {
+  Weights w;
+  const void *x, *bias;
+  void* y;
+  int64_t m;
+  Dtype dtype;
+  Parallel parallel;
+};
+
+enum Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kIsas };  // each includes the ones before it
+
+struct Kernel {
+  const char* name;
+  Isa isa;
+  int slot;  // row of the counters' page; never reused for another kernel
+  const char* (*refuses)(const Weights& w, Dtype dtype);  // what it does not take, or null; every N, K and M is taken
+  int64_t (*passes)(const Weights& w, int64_t m);  // how often a call with m tokens streams the packed bytes
+  void (*run)(const Call& call);
+};
+
+// One list for each translation unit in cpu/, ended by a kernel without a name.
+extern const Kernel kReferenceKernels[], kAvx2Kernels[], kAvx512Kernels[], kAvx512Bf16Kernels[];
+
+// The kernel for m tokens: the named one, or with an empty name the dispatcher's choice. Throws
+// std::invalid_argument where the name is unknown or the kernel cannot run here or on this dtype.
+const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string& name);
+void count(const Kernel& kernel, const Weights& w, int64_t m);
+
+// qweight uint8 [N, K*bits/8], scales 16-bit [N, G], codebooks fp32 [S, 2^bits] to packed, and back.
+void pack(const Weights& w, const uint8_t* qweight, const uint16_t* scales, const float* books, uint8_t* packed, const Parallel& parallel);
+void unpack(const Weights& w, uint8_t* qweight, uint16_t* scales, float* books, const Parallel& parallel);
+
+// ---------------------------------------------------------------------------------------------------------
+// Counters: uint64 page[kSlots][kBuckets][kFields]; bucket i holds calls with M <= kBucketUpper[i].
+constexpr int kSlots = 32, kBuckets = 8;
+enum CounterField { kCalls, kTokens, kBytes, kFields };
+constexpr int64_t kBucketUpper[kBuckets - 1] = {1, 4, 8, 16, 32, 128, 512};
+
+// ---------------------------------------------------------------------------------------------------------
+// Conversions of one value; to 16 bits they round to nearest even.
+static inline float bits_to_f32(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+static inline uint32_t f32_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+static inline float bf16_to_f32(uint16_t h) { return bits_to_f32(uint32_t(h) << 16); }
+static inline uint16_t f32_to_bf16(float f) {
+  const uint32_t u = f32_to_bits(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16 | 0x40);  // keep NaN a NaN
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+static inline float f16_to_f32(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+  if (exponent == 0) return bits_to_f32(sign | f32_to_bits(float(mantissa) * 0x1p-24f));
+  return bits_to_f32(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13);
+}
+static inline uint16_t f32_to_f16(float f) {
+  uint32_t u = f32_to_bits(f);
+  const uint32_t sign = u >> 16 & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (u >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and more round to infinity
+  if (u >= 0x38800000) return uint16_t(sign | (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
+  const float subnormal = bits_to_f32(u) * 0x1p24f + 0x1p23f;  // the addition rounds to a whole number
+  return uint16_t(sign | (f32_to_bits(subnormal) & 0x7ff));
+}
+static inline float scale_to_f32(uint16_t h, ScaleDtype dtype) { return dtype == kScaleF16 ? f16_to_f32(h) : bf16_to_f32(h); }
+static inline float load_value(const void* p, int64_t i, Dtype dtype) {
+  if (dtype == kF32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  return dtype == kBf16 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+static inline void store_value(void* p, int64_t i, Dtype dtype, float v) {
+  if (dtype == kF32) static_cast<float*>(p)[i] = v;
+  else static_cast<uint16_t*>(p)[i] = dtype == kBf16 ? f32_to_bf16(v) : f32_to_f16(v);
+}
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace flute
+
+#define FLUTE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// A JSON object: abi, isa (the highest in use), forced (VLLM_FLUTE_ISA), error (why it is refused), kernels.
+FLUTE_EXPORT const char* flute_cpu_describe();
+// From now on count in this page, which must outlive the library; until then a private one is used.
+FLUTE_EXPORT void flute_cpu_set_counters(void* page);
+// The name of the kernel that a call would run; empty where the header or the dtype is not valid.
+FLUTE_EXPORT const char* flute_cpu_choose(const int64_t* header, int64_t m, int dtype);

@@ -1,0 +1,175 @@
+// Every kernel that this CPU runs against a naive sum in double over the checkpoint's own bit stream, on ragged
+// shapes; the layout there and back; refused headers. No torch: also the program to run under sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flute.h"
+
+using namespace flute;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+uint64_t seed = 1;
+uint32_t random32() { return uint32_t((seed = seed * 6364136223846793005u + 1442695040888963407u) >> 32); }
+float uniform() { return float(random32()) * 0x1p-31f - 1; }
+
+void run_threads(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  std::vector<std::thread> pool;
+  for (int64_t i = 0; i < n; ++i) pool.emplace_back(body, i, i + 1, context);
+  for (std::thread& t : pool) t.join();
+}
+
+struct Case {
+  int bits;
+  int64_t k, group_size;
+  std::vector<int64_t> shards;
+  ScaleDtype scale_dtype;
+};
+
+void check_case(const Case& c) {
+  std::vector<int64_t> header = {kMagic, kAbi, kTile16, c.bits, c.group_size, c.k, c.scale_dtype, int64_t(c.shards.size())};
+  header.insert(header.end(), c.shards.begin(), c.shards.end());
+  Weights w = parse_header(header.data(), int64_t(header.size()));
+  const std::string name = std::to_string(c.bits) + " bits, N=" + std::to_string(w.n) + ", K=" + std::to_string(c.k) + ", group " + std::to_string(c.group_size);
+  const int64_t row_bytes = c.k * c.bits / 8, size = int64_t(1) << c.bits;
+  std::vector<uint8_t> qweight(w.n * row_bytes);
+  std::vector<uint16_t> scales(w.n * w.groups);
+  std::vector<float> books(w.n_shards * size);
+  for (auto& v : qweight) v = uint8_t(random32());
+  for (auto& v : scales) v = c.scale_dtype == kScaleF16 ? f32_to_f16(uniform()) : f32_to_bf16(uniform());
+  for (auto& v : books) v = uniform();
+
+  const Parallel parallel{2, run_threads};
+  // Exactly as large as promised: a sanitizer sees a byte read or written beyond.
+  std::vector<uint8_t> packed(w.bytes);
+  pack(w, qweight.data(), scales.data(), books.data(), packed.data(), parallel);
+  w.packed = packed.data();
+  std::vector<uint8_t> qweight2(qweight.size());
+  std::vector<uint16_t> scales2(scales.size());
+  std::vector<float> books2(books.size());
+  unpack(w, qweight2.data(), scales2.data(), books2.data(), parallel);
+  expect(qweight == qweight2 && scales == scales2 && books == books2, "pack and unpack, " + name);
+
+  std::vector<float> weight(w.n * c.k);
+  for (int64_t n = 0, shard = 0, left = c.shards[0]; n < w.n; ++n, --left) {
+    if (left == 0) left = c.shards[++shard];
+    for (int64_t k = 0; k < c.k; ++k) {
+      unsigned code = 0;
+      for (int b = 0; b < c.bits; ++b) {
+        const int64_t bit = k * c.bits + b;
+        code |= unsigned(qweight[n * row_bytes + bit / 8] >> bit % 8 & 1) << b;
+      }
+      weight[n * c.k + k] = books[shard * size + code] * scale_to_f32(scales[n * w.groups + k / c.group_size], c.scale_dtype);
+    }
+  }
+  for (const Kernel* list : {kReferenceKernels,
+#ifdef FLUTE_X86
+                             kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels
+#endif
+       }) {
+    for (const Kernel* kernel = list; kernel->name; ++kernel) {
+      for (const Dtype dtype : {kF32, kBf16, kF16}) {
+        for (const int64_t m : {1, 2, 3, 5, 8, 13, 33, 70}) {
+          try {
+            choose(w, m, dtype, kernel->name);
+          } catch (const std::invalid_argument&) {
+            continue;
+          }
+          const int64_t bytes = dtype == kF32 ? 4 : 2;
+          std::vector<uint8_t> x(m * c.k * bytes), bias(w.n * bytes), y(m * w.n * bytes);
+          for (int64_t i = 0; i < m * c.k; ++i) store_value(x.data(), i, dtype, uniform());
+          for (int64_t i = 0; i < w.n; ++i) store_value(bias.data(), i, dtype, uniform());
+          const bool with_bias = m % 2;
+          kernel->run({w, x.data(), with_bias ? bias.data() : nullptr, y.data(), m, dtype, parallel});
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t n = 0; n < w.n; ++n) {
+              double sum = with_bias ? load_value(bias.data(), n, dtype) : 0, magnitude = std::fabs(sum);
+              for (int64_t k = 0; k < c.k; ++k) {
+                const double p = double(load_value(x.data(), i * c.k + k, dtype)) * weight[n * c.k + k];
+                sum += p;
+                magnitude += std::fabs(p);
+              }
+              // Each fp32 operation rounds by at most 2^-24 of what it sums; the bf16 kernel rounds each weight, and the
+              // result is rounded to its dtype (fp16 also has a smallest step).
+              double bound = magnitude * (double(c.k) + 8) * 0x1p-24;
+              if (kernel->isa == kAvx512Bf16) bound += magnitude * 0x1p-8;
+              if (dtype == kBf16) bound += std::fabs(sum) * 0x1p-8;
+              if (dtype == kF16) bound += std::fabs(sum) * 0x1p-11 + 0x1p-24;
+              const double got = load_value(y.data(), i * w.n + n, dtype);
+              if (!(std::fabs(got - sum) <= bound)) {
+                expect(false, std::string(kernel->name) + ", " + name + ", dtype " + std::to_string(dtype) + ", M=" + std::to_string(m) +
+                                  ": y[" + std::to_string(i) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", not " + std::to_string(sum));
+                return;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_refused(std::vector<int64_t> header, int field, int64_t value) {
+  header[field] = value;
+  try {
+    parse_header(header.data(), int64_t(header.size()));
+    expect(false, "header field " + std::to_string(field) + " = " + std::to_string(value) + " was accepted");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+void check_conversions() {
+  for (uint32_t h = 0; h < 0x10000; ++h) {
+    const float b = bf16_to_f32(uint16_t(h)), f = f16_to_f32(uint16_t(h));
+    expect(std::isnan(b) || f32_to_bf16(b) == h, "bf16 " + std::to_string(h));
+    expect(std::isnan(f) || f32_to_f16(f) == h, "fp16 " + std::to_string(h));
+  }
+  expect(f32_to_f16(1 + 0x1p-11f) == 0x3c00 && f32_to_f16(1 + 0x1.8p-10f) == 0x3c02, "fp16 ties to even");
+  expect(f32_to_f16(0x1.8p-24f) == 2 && f32_to_f16(65519.0f) == 0x7bff && f32_to_f16(65520.0f) == 0x7c00, "fp16 limits");
+}
+
+}  // namespace
+
+int main() {
+  std::printf("%s\n", flute_cpu_describe());
+  check_conversions();
+  for (int bits = 2; bits <= 4; ++bits) {
+    for (const ScaleDtype scale_dtype : {kScaleBf16, kScaleF16}) {
+      for (const Case& c : std::vector<Case>{{bits, 8, 8, {1}, scale_dtype},
+                                             {bits, 24, 24, {16}, scale_dtype},
+                                             {bits, 24, 8, {17}, scale_dtype},
+                                             {bits, 40, 40, {8, 3}, scale_dtype},
+                                             {bits, 64, 16, {48}, scale_dtype},
+                                             {bits, 96, 48, {5, 16, 20}, scale_dtype},
+                                             {bits, 320, 32, {33}, scale_dtype},
+                                             {bits, 576, 64, {40}, scale_dtype},
+                                             {bits, 264, 88, {19}, scale_dtype}}) {
+        check_case(c);
+      }
+    }
+  }
+  const std::vector<int64_t> header = {kMagic, kAbi, kTile16, 4, 32, 64, 0, 2, 16, 16};
+  const struct {
+    int field;
+    int64_t values[4];
+  } bad[] = {{0, {0, 1, -1, 2}}, {1, {0, 2, 3, -1}}, {2, {0, 2, 3, -1}}, {3, {0, 1, 5, -4}}, {4, {0, -32, 12, 48}},
+             {5, {0, -64, 60, int64_t(1) << 60}}, {6, {-1, 2, 3, 4}}, {7, {0, 1, 3, int64_t(1) << 62}}, {8, {0, -16, int64_t(1) << 40, INT64_MIN}}};
+  for (const auto& b : bad) {
+    for (const int64_t value : b.values) check_refused(header, b.field, value);
+  }
+  std::printf(failures ? "%d failures\n" : "all passed\n", failures);
+  return failures != 0;
+}

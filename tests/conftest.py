@@ -1,0 +1,15 @@
+"""Shared settings of all tests."""
+
+import os
+
+from hypothesis import settings
+
+# No test needs a model hub or may report usage; servers that tests start inherit this.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+# First calls compile and load: a deadline for one example would measure that. In CI the examples are the same ones
+# every time, so that a failure belongs to the change.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -1,0 +1,427 @@
+"""The native CPU kernels against the oracle, the packed layout, the dispatcher, the counters and the refusals."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_flute import LutTensor, counters, ops, reference
+from vllm_flute.backends import cpu
+from vllm_flute.dispatch import pack_parts
+from vllm_flute.layout import TILE16, Layout
+from vllm_flute.packing import pack_codes
+
+MISSING = cpu.load()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no native CPU library: {MISSING}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = cpu.kernels()
+ROUNDS_WEIGHTS = ("gemv-avx512bf16", "tile-avx512bf16")  # to bf16, and take bf16 activations only
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny layers on one thread, so that a busy machine does not wait at barriers; a test of its own takes more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def each_kernel(function):
+    return pytest.mark.parametrize("kernel", [k.name for k in KERNELS])(function)
+
+
+def need(kernel: str) -> None:
+    item = next(k for k in KERNELS if k.name == kernel)
+    if not item.available:
+        pytest.skip(f"{kernel}: {item.why}")
+
+
+def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
+    if kernel == "gemv-avx512bf16" and group_size % 32 and group_size != k:
+        return False
+    return kernel not in ROUNDS_WEIGHTS or dtype == torch.bfloat16
+
+
+def make(n, k, bits, group_size, scale_dtype=torch.bfloat16, shards=None, seed=0):
+    """Random shards, a codebook each: (LutTensors, packed, header)."""
+    return _make(n, k, bits, group_size, scale_dtype, shards and tuple(shards), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _make(n, k, bits, group_size, scale_dtype, shards, seed):
+    g = torch.Generator().manual_seed(seed)
+    parts = [
+        LutTensor(
+            pack_codes(torch.randint(2**bits, (rows, k), generator=g, dtype=torch.uint8), bits),
+            (torch.rand(rows, k // group_size, generator=g) + 0.5).to(scale_dtype),
+            torch.randn(2**bits, generator=g),
+        )
+        for rows in shards or [n]
+    ]
+    packed, header = pack_parts(
+        torch.cat([t.qweight for t in parts]),
+        torch.cat([t.scales for t in parts]),
+        torch.stack([t.codebook for t in parts]),
+        group_size,
+        [t.shape[0] for t in parts],
+    )
+    return parts, packed, header
+
+
+def check(y, x, parts, bias, rounds_weights):
+    """y against the oracle's weights in fp64, within what the arithmetic allows.
+
+    A sum of K products in fp32, each product and each addition rounded, is off by at most (K + 8) * 2^-24 of the sum of
+    magnitudes (8: scaling, partial sums, bias). Weights in bf16 add 2^-8 of it, and the result is rounded once.
+    """
+    weight = torch.cat([reference.dequantize(t) for t in parts]).double()
+    exact, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    unit, smallest = {torch.float32: (0, 0), torch.bfloat16: (2**-8, 0), torch.float16: (2**-11, 2**-24)}[y.dtype]
+    sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if rounds_weights else 0))
+    bound = sums + (exact.abs() + sums) * unit + smallest
+    assert y.shape == exact.shape
+    excess = (y.double() - exact).abs() - bound
+    assert not (excess > 0).any() and not y.isnan().any(), f"{excess.max().item()} beyond the bound"
+
+
+def run_and_check(kernel, n, k, bits, group_size, m, dtype, scale_dtype=torch.bfloat16, bias=False, shards=None):
+    parts, packed, header = make(n, k, bits, group_size, scale_dtype, shards)
+    n = sum(t.shape[0] for t in parts)
+    g = torch.Generator().manual_seed(m + 1)
+    x = torch.randn(m, k, generator=g).to(dtype)
+    b = torch.randn(n, generator=g).to(dtype) if bias else None
+    y = ops.lut_linear_op(x, packed, header, b, n, kernel)
+    assert y.dtype == dtype and y.is_contiguous()
+    check(y, x, parts, b, kernel in ROUNDS_WEIGHTS)
+
+
+GROUPS = {8: (8,), 24: (8, 24), 32: (8, 16, 32), 40: (8, 40), 64: (16, 32, 64), 96: (24, 32, 48, 96)}
+GROUPS |= {576: (16, 64, 192, 576), 1536: (128, 256, 1536)}
+
+
+@each_kernel
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_input_size_and_group_size(kernel, bits):
+    need(kernel)
+    for k, sizes in GROUPS.items():
+        for i, group_size in enumerate(sizes):
+            for j, dtype in enumerate(DTYPES):
+                if takes(kernel, dtype, group_size, k):
+                    m = (1, 3, 9)[(i + j) % 3]
+                    run_and_check(kernel, 17, k, bits, group_size, m, dtype, DTYPES[1 + (i + j) % 2], bias=m == 3)
+
+
+@each_kernel
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_output_size(kernel, bits):
+    need(kernel)
+    for n in (1, 8, 16, 17, 48, 100):
+        for dtype in DTYPES:
+            if takes(kernel, dtype, 32, 96):
+                run_and_check(kernel, n, 96, bits, 32, 5, dtype, bias=True)
+
+
+@each_kernel
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 130, 530])
+def test_every_number_of_tokens(kernel, m):
+    need(kernel)
+    for dtype in DTYPES:
+        if takes(kernel, dtype, 64, 192):
+            run_and_check(kernel, 40, 192, 4, 64, m, dtype, bias=m % 2 == 0)
+            run_and_check(kernel, 40, 192, 3, 96, m, dtype)
+
+
+@each_kernel
+def test_shards_have_their_own_codebooks(kernel):
+    need(kernel)
+    for shards in ([16, 16], [1, 1, 1], [33, 5, 48], [100, 17]):
+        run_and_check(kernel, None, 64, 4, 32, 7, torch.bfloat16, shards=shards, bias=True)
+
+
+@each_kernel
+def test_long_sums(kernel):
+    need(kernel)
+    run_and_check(kernel, 20, 14336, 2, 128, 2, torch.bfloat16)
+
+
+def test_default_kernel_on_every_layer():
+    for bits in (2, 3, 4):
+        for k, sizes in GROUPS.items():
+            for group_size in sizes:
+                for m in (1, 20, 70):
+                    _, packed, header = make(24, k, bits, group_size)
+                    name = cpu.choose(header, m, torch.bfloat16)
+                    assert name in [k.name for k in KERNELS if k.available]
+                    x = torch.randn(m, k, dtype=torch.bfloat16)
+                    y = ops.lut_linear_op(x, packed, header, None, 24, "")
+                    assert torch.equal(y, ops.lut_linear_op(x, packed, header, None, 24, name))
+
+
+def test_fp32_never_takes_a_kernel_that_rounds_weights():
+    _, _, header = make(16, 64, 4, 64)
+    for m in (1, 8, 64, 1000):
+        assert cpu.choose(header, m, torch.float32) not in ROUNDS_WEIGHTS
+        assert cpu.choose(header, m, torch.float16) not in ROUNDS_WEIGHTS
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_pack_and_linear_properties(data):
+    bits = data.draw(st.integers(2, 4))
+    group_size = 8 * data.draw(st.integers(1, 12))
+    k = group_size * data.draw(st.integers(1, 5))
+    shards = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    scale_dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    seed = data.draw(st.integers(0, 1000))
+    parts, packed, header = make(None, k, bits, group_size, scale_dtype, shards, seed)
+    qweight, scales, codebooks = ops.lut_unpack_op(packed, header)
+    assert torch.equal(qweight, torch.cat([t.qweight for t in parts]))
+    assert torch.equal(scales, torch.cat([t.scales for t in parts])) and scales.dtype == scale_dtype
+    assert torch.equal(codebooks, torch.stack([t.codebook for t in parts]))
+    m = data.draw(st.integers(1, 20))
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for kernel in KERNELS:
+        if kernel.available and takes(kernel.name, dtype, group_size, k):
+            y = ops.lut_linear_op(x, packed, header, None, sum(shards), kernel.name)
+            check(y, x, parts, None, kernel.name in ROUNDS_WEIGHTS)
+
+
+def test_packed_size():
+    """At most 5% beyond the codes and scales themselves for a layer of a real size."""
+    for bits in (2, 3, 4):
+        _, packed, _ = make(1536, 4096, bits, 64)
+        assert packed.numel() <= 1.05 * (1536 * 4096 * bits / 8 + 1536 * 64 * 2)
+
+
+def test_one_code_at_a_time():
+    """Every position of a code within a tile, by the weights that a unit input reads back."""
+    k = 64
+    for bits in (2, 3, 4):
+        codes = torch.randint(2**bits, (16, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+        book = torch.arange(2**bits, dtype=torch.float32)
+        t = LutTensor.from_codes(codes, torch.ones(16, 1, dtype=torch.bfloat16), book)
+        packed, header = pack_parts(t.qweight, t.scales, book[None], k, [16])
+        for kernel in KERNELS:
+            if kernel.available:
+                y = ops.lut_linear_op(torch.eye(k, dtype=torch.bfloat16), packed, header, None, 16, kernel.name)
+                assert torch.equal(y, codes.T.to(torch.bfloat16)), kernel.name
+
+
+@each_kernel
+def test_shapes_of_x(kernel):
+    need(kernel)
+    parts, packed, header = make(24, 64, 4, 32)
+    linear = functools.partial(ops.lut_linear_op, packed=packed, header=header, bias=None, N=24, kernel=kernel)
+    x = torch.randn(2, 3, 5, 64, dtype=torch.bfloat16)
+    y = linear(x)
+    assert y.shape == (2, 3, 5, 24)
+    assert torch.equal(linear(x[0, 0, 0]), linear(x[:1, 0, 0])[0])
+    strided = torch.randn(64, 7, dtype=torch.bfloat16).T
+    assert torch.equal(linear(strided), linear(strided.contiguous()))
+    wide = torch.randn(7, 100, dtype=torch.bfloat16)[:, 3:67]
+    assert torch.equal(linear(wide), linear(wide.contiguous()))
+    offset = torch.randn(7 * 64 + 1, dtype=torch.bfloat16)[1:].view(7, 64)
+    assert torch.equal(linear(offset), linear(offset.clone()))
+    assert linear(x[:0]).shape == (0, 3, 5, 24)
+
+
+@each_kernel
+def test_result_does_not_depend_on_threads(kernel):
+    need(kernel)
+    _, packed, header = make(150, 576, 3, 64)
+    for m in (1, 6, 100):
+        x = torch.randn(m, 576, dtype=torch.bfloat16)
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.lut_linear_op(x, packed, header, None, 150, kernel))
+        assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+def test_special_values_reach_the_result():
+    """Infinities and NaNs of x come out where they must, in every dtype, and padding adds none."""
+    for dtype in DTYPES:
+        parts, packed, header = make(20, 40, 4, 8)
+        x = torch.zeros(3, 40, dtype=dtype)
+        x[0, 39], x[1, 0] = float("inf"), float("nan")
+        for kernel in KERNELS:
+            if kernel.available and takes(kernel.name, dtype, 8, 40):
+                y = ops.lut_linear_op(x, packed, header, None, 20, kernel.name)
+                assert not y[0].isfinite().any() and y[1].isnan().all() and (y[2] == 0).all(), kernel.name
+
+
+def test_opcheck():
+    _, packed, header = make(24, 64, 4, 32)
+    for dtype in DTYPES:
+        for bias in (None, torch.randn(24).to(dtype)):
+            args = (torch.randn(2, 3, 64).to(dtype), packed, header, bias, 24, "")
+            torch.library.opcheck(ops.lut_linear_op, args)
+
+
+def test_compiled_call():
+    _, packed, header = make(24, 64, 4, 32)
+    f = torch.compile(lambda x: ops.lut_linear_op(x, packed, header, None, 24, "") * 2, backend="aot_eager", dynamic=True)
+    for m in (3, 9):
+        x = torch.randn(m, 64)
+        assert torch.equal(f(x), ops.lut_linear_op(x, packed, header, None, 24, "") * 2)
+
+
+def changed(header, field, value):
+    header = header.clone()
+    header[field] = value
+    return header
+
+
+def test_refusals():
+    """Each bad argument is one clear line, and nothing is read out of bounds to find it."""
+    parts, packed, header = make(24, 64, 4, 32)
+    x = torch.randn(3, 64)
+    good = dict(x=x, packed=packed, header=header, bias=None, N=24, kernel="")
+    bad = [
+        (dict(x=x[:, :32]), "K=64"),
+        (dict(x=x.double()), "float32, bfloat16 or float16"),
+        (dict(x=torch.tensor(1.0)), "K=64"),
+        (dict(N=25), "N=24"),
+        (dict(bias=torch.zeros(23)), "bias"),
+        (dict(bias=torch.zeros(24, dtype=torch.bfloat16)), "bias"),
+        (dict(packed=packed[:-1]), "bytes"),
+        (dict(packed=torch.cat([packed, packed])), "bytes"),
+        (dict(packed=packed.view(torch.int8)), "uint8"),
+        (dict(packed=torch.cat([packed, packed])[::2]), "contiguous"),
+        (dict(header=header[:8]), "header"),
+        (dict(header=header[:0]), "header"),
+        (dict(header=header.int()), "int64"),
+        (dict(header=changed(header, 0, 1)), "header"),
+        (dict(header=changed(header, 1, 2)), "ABI 2"),
+        (dict(header=changed(header, 2, 0)), "layout 0"),
+        (dict(header=changed(header, 3, 5)), "5 bits"),
+        (dict(header=changed(header, 3, 3)), "bytes"),
+        (dict(header=changed(header, 4, 24)), "group size 24"),
+        (dict(header=changed(header, 4, 0)), "group size 0"),
+        (dict(header=changed(header, 5, -64)), "K=-64"),
+        (dict(header=changed(header, 5, 2**62)), "K="),
+        (dict(header=changed(header, 6, 7)), "dtype"),
+        (dict(header=changed(header, 7, 2**40)), "shards"),
+        (dict(header=changed(header, 8, 2**62)), "rows"),
+        (dict(header=changed(header, 8, 0)), "rows"),
+        (dict(kernel="gemv-avx9"), "no such kernel.*available: .*reference"),
+    ]
+    for change, message in bad:
+        with pytest.raises(RuntimeError, match=message) as error:
+            ops.lut_linear_op(**(good | change))
+        assert str(error.value).splitlines()[0].startswith("vllm_flute: ")
+    for name in ROUNDS_WEIGHTS:
+        if not next(k for k in KERNELS if k.name == name).available:
+            continue
+        with pytest.raises(RuntimeError, match=f"{name}.*bfloat16.*available: .*reference"):
+            ops.lut_linear_op(**(good | dict(kernel=name)))
+
+
+def test_pack_refusals():
+    t = make(24, 64, 4, 32)[0][0]
+    header = Layout(TILE16, 4, 32, 64, torch.bfloat16, (24,)).header()
+    good = [t.qweight, t.scales, t.codebook[None], header]
+    for i, part in (
+        (0, t.qweight[:23]),
+        (0, t.qweight.to(torch.int8)),
+        (1, t.scales[:, :1]),
+        (1, t.scales.half()),
+        (2, t.codebook[None, :8]),
+        (2, t.codebook[None].double()),
+        (3, changed(header, 8, 23)),
+        (3, changed(header, 2, 0)),
+    ):
+        with pytest.raises(RuntimeError, match="vllm_flute"):
+            ops.lut_pack_op(*(good[:i] + [part] + good[i + 1 :]))
+
+
+def test_kernel_names_and_slots():
+    assert len({k.name for k in KERNELS}) == len({k.slot for k in KERNELS}) == len(KERNELS)
+    assert all(0 <= k.slot < counters.SLOTS - 1 for k in KERNELS)
+    assert all(k.available or k.why for k in KERNELS)
+    assert next(k for k in KERNELS if k.name == "reference").available
+
+
+@each_kernel
+def test_counters(kernel):
+    need(kernel)
+    slot = next(k.slot for k in KERNELS if k.name == kernel)
+    _, packed, header = make(24, 64, 4, 32)
+    for m, bucket in ((1, 0), (4, 1), (5, 2), (16, 3), (17, 4), (128, 5), (512, 6), (513, 7)):
+        before = counters.page.copy()
+        ops.lut_linear_op(torch.randn(m, 64, dtype=torch.bfloat16), packed, header, None, 24, kernel)
+        change = counters.page - before
+        calls, tokens, nbytes = change[slot, bucket]
+        assert (calls, tokens) == (1, m) and nbytes >= packed.numel() and nbytes % packed.numel() == 0
+        change[slot, bucket] = 0
+        assert not change.any()
+        assert m > 32 or nbytes == packed.numel()
+    before = counters.page.copy()
+    ops.lut_linear_op(torch.randn(0, 64, dtype=torch.bfloat16), packed, header, None, 24, kernel)
+    assert (counters.page == before).all()
+
+
+IN_A_PROCESS = """
+import json, torch
+from vllm_flute import ops
+from vllm_flute.backends import cpu
+from vllm_flute.dispatch import pack_parts
+torch.manual_seed(0)
+described = cpu.describe()
+q, s, c = torch.randint(256, (24, 32), dtype=torch.uint8), torch.rand(24, 2).to(torch.bfloat16), torch.randn(1, 16)
+packed, header = pack_parts(q, s, c, 32, [24])
+result, error = [], ""
+try:
+    for m in (1, 40):
+        result += ops.lut_linear_op(torch.randn(m, 64), packed, header, None, 24, "").flatten().tolist()
+except RuntimeError as e:
+    error = str(e).splitlines()[0]
+chosen = [cpu.choose(header, m, torch.bfloat16) for m in (1, 40)]
+print(json.dumps([described, packed.sum().item(), result, error, chosen]))
+"""
+
+
+@functools.cache
+def with_isa(isa: str):
+    env = os.environ | {"VLLM_FLUTE_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_forced_isa(isa):
+    """One packed layout and, in fp32, one result on every instruction set."""
+    if isa != "scalar" and not any(k.isa == isa and k.available for k in KERNELS):
+        pytest.skip(f"this CPU has no {isa}")
+    described, packed, result, error, chosen = with_isa(isa)
+    assert (described["isa"], described["forced"], described["error"], error) == (isa, isa, "", "")
+    isa_of = {k["name"]: k["isa"] for k in described["kernels"]}
+    assert {isa_of[name] for name in chosen} == {isa}
+    _, same_packed, oracle, _, _ = with_isa("scalar")
+    assert packed == same_packed
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(oracle), rtol=1e-5, atol=1e-4)
+
+
+def test_unknown_isa_is_an_error():
+    described, _, result, error, chosen = with_isa("avx1024")
+    assert "avx1024" in described["error"] and "scalar" in described["error"]
+    assert described["error"] in error and not result and chosen == ["", ""]
+    assert not any(k["available"] for k in described["kernels"])
+
+
+def test_library_is_of_no_machine():
+    """Nothing in the library names where torch was when it was built."""
+    readelf = subprocess.run(["readelf", "-d", str(cpu._PATH)], capture_output=True, text=True)
+    assert "RPATH" not in readelf.stdout and "RUNPATH" not in readelf.stdout

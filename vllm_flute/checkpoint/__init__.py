@@ -1,0 +1,20 @@
+"""Checkpoints on disk: read, checked and rewritten as a stream, one layer in memory."""
+
+from .config import LayerSpec, LutConfig
+from .demo_model import write_demo_model
+from .dequantize import dequantize_checkpoint
+from .quantize import QuantizeReport, quantize_checkpoint
+from .reader import Checkpoint
+from .validate import LayerInfo, check_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "LayerInfo",
+    "LayerSpec",
+    "LutConfig",
+    "QuantizeReport",
+    "check_checkpoint",
+    "dequantize_checkpoint",
+    "quantize_checkpoint",
+    "write_demo_model",
+]

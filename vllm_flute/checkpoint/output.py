@@ -1,0 +1,162 @@
+"""A checkpoint directory being written: atomic files, restartable, never loadable before it is complete."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import FluteError
+from .reader import CONFIG, INDEX, Checkpoint, read_json
+
+STATE = ".vllm-flute-progress.json"
+CARD = "README.md"
+_WRITER = "vllm-flute"
+
+# Files beside the weights that a model needs as they are; more than this is no tokenizer or licence.
+_COPY_LIMIT = 256 << 20
+_NOT_COPIED = {CONFIG, INDEX, CARD, "pytorch_model.bin.index.json"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` if the block succeeds, durably and at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as e:
+        raise FluteError(f"cannot write {path}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it private, which a server's user could not read
+
+
+class Output:
+    """``with Output(out, fingerprint, overwrite) as output:`` continues an interrupted run of the same fingerprint.
+
+    A state file beside the shards records the fingerprint and, for each complete shard, its tensors and a report.
+    ``finish`` writes config.json and the index last, so that an unfinished directory loads nowhere.
+
+    Args:
+        path: made if it does not exist.
+        fingerprint: identifies the source and the options; JSON.
+        overwrite: start again where the directory holds another result of this tool, and replace files of the
+            same names; files that this tool did not write are never removed.
+
+    Raises:
+        FluteError: the directory holds something else, or another process is writing it.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: dict, overwrite: bool):
+        self.path, self.fingerprint, self.overwrite = Path(path), fingerprint, overwrite
+        self.shards: dict[str, dict] = {}
+
+    def __enter__(self) -> "Output":
+        if self.path.exists() and not self.path.is_dir():
+            raise FluteError(f"{self.path} is a file: choose another output directory")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._begin()
+        except BlockingIOError:
+            os.close(self.lock)
+            raise FluteError(f"{self.path} is being written by another process: wait for it to end") from None
+        except BaseException:
+            os.close(self.lock)
+            raise
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        os.close(self.lock)
+
+    def _begin(self) -> None:
+        state = read_json(self.path / STATE) if (self.path / STATE).exists() else {}
+        if state.get("fingerprint") == self.fingerprint:
+            self.shards = {n: s for n, s in state["shards"].items() if (self.path / n).exists()}
+        elif not self.overwrite:
+            if state:
+                raise FluteError(
+                    f"{self.path} holds an unfinished run with another source or other options: "
+                    "give --overwrite or another output directory"
+                )
+            # A process that was killed may leave its first temporary file.
+            if {path.name for path in self.path.iterdir()} - {f".{STATE}.tmp"}:
+                raise FluteError(f"{self.path} is not empty: give --overwrite or another output directory")
+        else:
+            self._clear(state)
+        self._record()
+
+    def _clear(self, state: dict) -> None:
+        """Remove what an earlier run wrote, complete or not."""
+        index = read_json(self.path / INDEX) if (self.path / INDEX).exists() else {}
+        ours = set(state.get("shards", ()))
+        if index.get("metadata", {}).get("written_by") == _WRITER:
+            ours |= set(index["weight_map"].values())
+        foreign = {path.name for path in self.path.iterdir() if path.suffix in _WEIGHTS} - ours
+        if foreign:
+            raise FluteError(
+                f"{self.path} holds weights that vllm-flute did not write ({min(foreign)}): "
+                "choose another output directory, or remove them yourself"
+            )
+        # config.json first: without it nothing loads the rest.
+        for name in [CONFIG, INDEX, CARD, *sorted(ours)]:
+            (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob(".model-*.safetensors.tmp"):
+            path.unlink()
+
+    def _record(self) -> None:
+        write_json(self.path / STATE, {"fingerprint": self.fingerprint, "shards": self.shards})
+
+    def write_shard(self, name: str, tensors: dict[str, torch.Tensor], report: list) -> None:
+        """Write one shard and note it as complete, with what there is to report about it (JSON)."""
+        write_tensors(self.path / name, tensors)
+        self.shards[name] = {"tensors": {key: t.nbytes for key, t in tensors.items()}, "report": report}
+        self._record()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors written."""
+        return sum(sum(shard["tensors"].values()) for shard in self.shards.values())
+
+    def finish(self, source: Checkpoint, config: dict, card: str) -> None:
+        """Copy what is not weights, then write the card, the index and config.json."""
+        for path in sorted(source.path.iterdir()):
+            wanted = path.is_file() and path.suffix not in _WEIGHTS and path.name not in _NOT_COPIED
+            if wanted and not path.name.startswith(".") and path.stat().st_size <= _COPY_LIMIT:
+                with replacing(self.path / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+        weight_map = {key: name for name, shard in self.shards.items() for key in shard["tensors"]}
+        index = {
+            "metadata": {"total_size": self.nbytes, "written_by": _WRITER},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_text(self.path / CARD, card)
+        write_json(self.path / INDEX, index)
+        write_json(self.path / CONFIG, config)
+        (self.path / STATE).unlink()
+        os.fsync(self.lock)

@@ -1,0 +1,210 @@
+"""Quantize a checkpoint to lut-v1 as a stream."""
+
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..codebook import make_codebook
+from ..errors import FluteError
+from ..format import GROUP_SIZES, SCALE_DTYPES, LutTensor
+from ..quantization import quantize
+from .card import model_card
+from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
+from .output import Output
+from .reader import Checkpoint
+from .rewrite import Progress, fingerprint, require_elsewhere, require_plain, rewrite
+
+EMBEDDING = "model.embed_tokens.weight"
+# Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
+# itself (32768 elements), because many small parallel sections crawl on a machine whose cores are busy.
+_CHUNK_WEIGHTS = (1 << 15) - 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer; ``error`` is ``||W - W_quantized|| / ||W||`` (Frobenius)."""
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    adjusted: bool
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_checkpoint` did; sizes in bytes of tensors."""
+
+    config: LutConfig
+    layers: list[LayerReport]
+    source_bytes: int
+    output_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of a quantized weight, scales and codebooks included."""
+        return sum(r.nbytes for r in self.layers) * 8 / sum(r.n * r.k for r in self.layers)
+
+    @property
+    def mean_error(self) -> float:
+        return sum(r.error for r in self.layers) / len(self.layers)
+
+
+def _fit_group(requested: int, k: int, name: str) -> int:
+    """The group size for a layer of K inputs: the largest supported one up to ``requested`` that divides K."""
+    if k % 8:
+        raise FluteError(f"{name} has K={k}, which is no multiple of 8 and cannot be packed: give --ignore {name}")
+    if requested == 0:
+        return k
+    return next((g for g in sorted(GROUP_SIZES, reverse=True) if g <= requested and k % g == 0), k)
+
+
+def _check_options(bits: int, group_size: int, codebook, scale_dtype: torch.dtype, where: str) -> None:
+    try:
+        make_codebook(codebook, bits)
+    except FluteError as e:
+        raise FluteError(f"{where}{e}") from None
+    if group_size not in (0, *GROUP_SIZES):
+        raise FluteError(
+            f"{where}unsupported group size {group_size} (supported: 16, 32, 64, 128, 256, and 0 for a whole row)"
+        )
+    if scale_dtype not in SCALE_DTYPES:
+        raise FluteError(f"scale dtype {scale_dtype} is not supported (supported: bfloat16, float16)")
+
+
+def _plan(
+    shapes: Mapping[str, tuple[int, int]], bits, group_size, codebook: str, ignore, overrides: Mapping[str, LayerSpec]
+) -> LutConfig:
+    """Decide every linear layer; ``shapes``: (N, K) by module name."""
+    for entry in [*ignore, *overrides]:
+        if entry != HEAD and not any(matches(check_pattern(entry), name) for name in shapes):
+            option = "--ignore" if entry in ignore else "--override"
+            raise FluteError(f"{option} {entry!r} names no linear layer (they are called like {next(iter(shapes))!r})")
+    specs: dict[str, LayerSpec | None] = {}
+    for name, (_, k) in shapes.items():
+        if first_match(ignore, name):
+            specs[name] = None
+        elif entry := first_match(overrides, name):
+            spec = overrides[entry]
+            group = spec.group_size or k
+            if k % group or k % 8:
+                raise FluteError(f"--override {entry}: group size {group} does not divide K={k} of {name}")
+            specs[name] = LayerSpec(spec.bits, group)
+        else:
+            specs[name] = LayerSpec(bits, _fit_group(group_size, k, name))
+    check_fused(specs)
+    quantized = {name: spec for name, spec in specs.items() if spec}
+    if not quantized:
+        raise FluteError("every linear layer is ignored: nothing to quantize")
+    # Whole rows have no size in common: the most frequent is the default, the others are overrides.
+    common = group_size or Counter(spec.group_size for spec in quantized.values()).most_common(1)[0][0]
+    default = LayerSpec(bits, common)
+    ignored = [*ignore] if HEAD in shapes or HEAD in ignore else [*ignore, HEAD]
+    return LutConfig(*default, codebook, tuple(ignored), {n: s for n, s in quantized.items() if s != default})
+
+
+def _relative_error(weight: torch.Tensor, t: LutTensor) -> float:
+    """``||W - W_quantized|| / ||W||``, in row chunks."""
+    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+
+    def sums(i: int) -> tuple[float, float]:
+        exact = weight[i : i + rows].to(torch.float32)
+        part = LutTensor(t.qweight[i : i + rows], t.scales[i : i + rows], t.codebook)
+        return (exact - part.dequantize()).square().sum().item(), exact.square().sum().item()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        lost, total = map(sum, zip(*pool.map(sums, range(0, weight.shape[0], rows)), strict=True))
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    out: str | Path,
+    bits: int = 4,
+    group_size: int = 64,
+    codebook: str | torch.Tensor = "nf",
+    ignore: list[str] | tuple[str, ...] = (),
+    overrides: Mapping[str, tuple[int, int]] | None = None,
+    lm_head: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Write a lut-v1 copy of a checkpoint; run again after an interruption, it continues.
+
+    The linear layers of decoder blocks are quantized, everything else is copied bit by bit. Memory holds one
+    decoder layer's results and one source tensor.
+
+    Args:
+        src: a directory or hub id of an unquantized checkpoint in safetensors.
+        out: the directory to write.
+        bits: 2, 3 or 4.
+        group_size: 16, 32, 64, 128, 256, or 0 for one scale a row. Where it does not divide a layer's K that
+            layer takes the largest supported size that does, or K itself, and is listed in the overrides.
+        codebook: "nf", "fp4", "int", "ternary" or a tensor of at most ``2**bits`` values.
+        ignore: module names not to quantize (see `config.matches`).
+        overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
+        lm_head: quantize the output head too; a tied head is untied and made from the embedding.
+        scale_dtype: bf16 or fp16.
+        overwrite: replace another result of this tool in ``out``.
+        progress: called as ``progress(done, total, label)`` after each output shard.
+
+    Raises:
+        FluteError: an option or a layer that is impossible, a source that is broken or already quantized, an
+            ``out`` that holds something else.
+    """
+    ignore, overrides = list(ignore), {name: LayerSpec(*spec) for name, spec in (overrides or {}).items()}
+    _check_options(bits, group_size, codebook, scale_dtype, "")
+    for name, spec in overrides.items():
+        _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
+    if lm_head and HEAD in ignore:
+        raise FluteError("--lm-head and --ignore lm_head contradict each other: give one")
+    source = Checkpoint(src)
+    require_elsewhere(source, out)
+    require_plain(source)
+
+    head_from = EMBEDDING if source.tied_head else f"{HEAD}.weight"
+    weights = {name: name for name in source.headers if LINEAR.fullmatch(name) and len(source.headers[name].shape) == 2}
+    if not weights:
+        raise FluteError(
+            f"{source.path} has no linear layers called model.layers.N...._proj.weight: nothing to quantize"
+        )
+    if lm_head:
+        if head_from not in source.headers:
+            raise FluteError(f"--lm-head: {source.path} has no tensor {head_from}")
+        weights[f"{HEAD}.weight"] = head_from
+    shapes = {name.removesuffix(".weight"): source.headers[stored].shape for name, stored in weights.items()}
+    label = codebook if isinstance(codebook, str) else "custom"
+    lut = _plan(shapes, bits, group_size, label, ignore, overrides)
+
+    def convert(name: str) -> tuple[dict[str, torch.Tensor], dict | None]:
+        layer = name.removesuffix(".weight")
+        tensor = source.tensor(weights.get(name, name))
+        if name not in weights or lut.is_ignored(layer):
+            return {name: tensor}, None
+        spec = lut.layer(layer)
+        t = quantize(tensor, *spec, codebook, scale_dtype, name=name)
+        made = {f"{layer}.qweight": t.qweight, f"{layer}.scales": t.scales, f"{layer}.codebook": t.codebook}
+        adjusted = spec.group_size != (group_size or t.shape[1]) and not first_match(overrides, layer)
+        report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, _relative_error(tensor, t))
+        return made, asdict(report)
+
+    table = make_codebook(codebook, bits).tolist() if isinstance(codebook, str) else codebook.tolist()
+    options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
+    with Output(out, fingerprint(source, options), overwrite) as output:
+        reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
+        layers = [LayerReport(**r) for r in reports]
+        report = QuantizeReport(lut, layers, source.nbytes, output.nbytes)
+        config = source.config | {"quantization_config": lut.to_dict()}
+        if lm_head:
+            config["tie_word_embeddings"] = False
+        output.finish(source, config, model_card(source, report))
+    return report

@@ -1,0 +1,101 @@
+"""`vllm-flute doctor`: what runs on this machine, and why."""
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# CPU features that some kernel or peer can use.
+_FEATURES = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx_vnni"}
+_FEATURES |= {"avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict:
+    """Model and features from /proc/cpuinfo (x86 calls them flags, Arm Features)."""
+    path = Path("/proc/cpuinfo")
+    fields = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in (path.read_text().splitlines() if path.exists() else ())
+        if ":" in line
+    )
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "model": fields.get("model name", "unknown"),
+        "features": sorted(flags & _FEATURES),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _collect() -> dict:
+    import torch
+
+    from .. import __version__, dispatch
+
+    devices = {}
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        kernels = dispatch.kernels(device)
+        devices[device] = {
+            "why": dispatch.backend(device)[1],
+            "isa": dispatch.isa(device),
+            "kernels": [kernel._asdict() for kernel in kernels],
+        }
+    plugins = metadata.entry_points(group="vllm.general_plugins")
+    return {
+        "versions": {
+            "vllm-flute": __version__,
+            "torch": torch.__version__,
+            "vllm": _version("vllm"),
+            "transformers": _version("transformers"),
+        },
+        "plugin": next((p.value for p in plugins if p.value.startswith("vllm_flute")), None),
+        "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "isa_forced": os.environ.get("VLLM_FLUTE_ISA"),
+        "devices": devices,
+    }
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, the machine, and every kernel with whether it runs here and why not."""
+    import json
+    import logging
+
+    logging.getLogger("vllm_flute").setLevel(logging.ERROR)  # a slow path is part of the report below
+    found = _collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from .walk import size
+
+    cpu, forced = found["cpu"], found["isa_forced"]
+    facts = Table(show_header=False)
+    facts.add_row(
+        "versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
+    )
+    facts.add_row("vLLM plugin", found["plugin"] or "not installed: pip install vllm-flute in vLLM's environment")
+    facts.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, {size(cpu['memory_bytes'])}")
+    facts.add_row("CPU features", " ".join(cpu["features"]) or "none of those that kernels use")
+    facts.add_row("GPU", found["gpu"] or "none that torch can use")
+    facts.add_row("VLLM_FLUTE_ISA", forced or "not set: the best instruction set is used")
+    console = Console()
+    console.print(facts)
+    for device, state in found["devices"].items():
+        console.print(f"{device}: {state['why']}")
+        table = Table("kernel", "isa", "runs here", "why")
+        for kernel in state["kernels"]:
+            why = kernel["why"] or ("in use" if kernel["isa"] == state["isa"] else "available")
+            table.add_row(kernel["name"], kernel["isa"], "yes" if kernel["available"] else "no", why)
+        console.print(table)
