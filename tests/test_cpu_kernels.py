@@ -271,7 +271,9 @@ def test_opcheck():
 
 def test_compiled_call():
     _, packed, header = make(24, 64, 4, 32)
-    f = torch.compile(lambda x: ops.lut_linear_op(x, packed, header, None, 24, "") * 2, backend="aot_eager", dynamic=True)
+    f = torch.compile(
+        lambda x: ops.lut_linear_op(x, packed, header, None, 24, "") * 2, backend="aot_eager", dynamic=True
+    )
     for m in (3, 9):
         x = torch.randn(m, 64)
         assert torch.equal(f(x), ops.lut_linear_op(x, packed, header, None, 24, "") * 2)

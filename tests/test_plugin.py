@@ -1,5 +1,7 @@
 """The plugin's linear method on vLLM's own layers: loading, sharding and the operator, rank by rank in one process."""
 
+from functools import partial
+
 import pytest
 import torch
 from tolerance import assert_within_bound
@@ -16,7 +18,10 @@ from vllm_flute.vllm_plugin.linear import FluteLinearMethod
 def flute_config(bits=4, group_size=64, ignore=(), overrides=None) -> FluteConfig:
     d = {"quant_method": "flute", "format": "lut-v1", "bits": bits, "group_size": group_size, "codebook": "nf"}
     config = FluteConfig(LutConfig.from_dict(d | {"ignore": list(ignore), "overrides": overrides or {}}))
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
     return config
 
 
@@ -67,7 +72,9 @@ def finish(layer) -> None:
 def test_column_parallel_with_bias(ranks, bits, dtype):
     t, x, bias = tensor(96, 128, bits, dtype=torch.float16), torch.randn(5, 128).to(dtype), torch.randn(96).to(dtype)
     config = flute_config(bits)
-    make = lambda: vllm_linear.ColumnParallelLinear(128, 96, bias=True, params_dtype=dtype, quant_config=config, prefix="a")  # noqa: E731
+    make = partial(
+        vllm_linear.ColumnParallelLinear, 128, 96, bias=True, params_dtype=dtype, quant_config=config, prefix="a"
+    )  # noqa: E731
     out = []
     for layer in ranks(2, make):
         load(layer, t)
@@ -83,8 +90,15 @@ def test_row_parallel_with_groups_cut_by_a_rank(ranks, bits, size, group):
     """K=576 on 2 ranks is 288: groups of 64 and 192 straddle the cut and become groups of 32 and 96, exactly."""
     t, x = tensor(40, 576, bits, group), torch.randn(3, 576)
     config = flute_config(bits, group)
-    make = lambda: vllm_linear.RowParallelLinear(  # noqa: E731
-        576, 40, bias=False, params_dtype=torch.float32, reduce_results=False, quant_config=config, prefix="down_proj"
+    make = partial(
+        vllm_linear.RowParallelLinear,
+        576,
+        40,
+        bias=False,
+        params_dtype=torch.float32,
+        reduce_results=False,
+        quant_config=config,
+        prefix="down_proj",
     )
     y, k = 0, 576 // size
     for rank, layer in enumerate(ranks(size, make)):
@@ -101,8 +115,16 @@ def test_qkv_with_a_codebook_each_and_replicated_heads(ranks, bits, size):
     books = [torch.randn(2**bits, generator=torch.Generator().manual_seed(i)).sort().values for i in range(3)]
     q, k, v = (tensor(n, 64, bits, 32, i, b) for i, (n, b) in enumerate(zip((128, 32, 32), books, strict=True)))
     config, x = flute_config(bits, 32), torch.randn(6, 64)
-    make = lambda: vllm_linear.QKVParallelLinear(  # noqa: E731
-        64, 16, 8, 2, bias=False, params_dtype=torch.float32, quant_config=config, prefix="l.qkv_proj"
+    make = partial(
+        vllm_linear.QKVParallelLinear,
+        64,
+        16,
+        8,
+        2,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config,
+        prefix="l.qkv_proj",
     )
     for rank, layer in enumerate(ranks(size, make)):
         for t, shard in ((q, "q"), (k, "k"), (v, "v")):
@@ -119,8 +141,14 @@ def test_qkv_with_a_codebook_each_and_replicated_heads(ranks, bits, size):
 def test_merged_column_with_a_codebook_each(ranks):
     gate, up = tensor(96, 64, 3, 64, 1), tensor(96, 64, 3, 64, 2, torch.linspace(-1, 1, 8))
     config, x = flute_config(3), torch.randn(2, 64)
-    make = lambda: vllm_linear.MergedColumnParallelLinear(  # noqa: E731
-        64, [96, 96], bias=False, params_dtype=torch.float32, quant_config=config, prefix="mlp.gate_up_proj"
+    make = partial(
+        vllm_linear.MergedColumnParallelLinear,
+        64,
+        [96, 96],
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config,
+        prefix="mlp.gate_up_proj",
     )
     out = []
     for layer in ranks(3, make):
@@ -134,8 +162,14 @@ def test_merged_column_with_a_codebook_each(ranks):
 
 def test_replicated(ranks):
     t, x = tensor(24, 64), torch.randn(2, 64)
-    make = lambda: vllm_linear.ReplicatedLinear(  # noqa: E731
-        64, 24, bias=False, params_dtype=torch.float32, quant_config=flute_config(), prefix="r"
+    make = partial(
+        vllm_linear.ReplicatedLinear,
+        64,
+        24,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=flute_config(),
+        prefix="r",
     )
     for layer in ranks(2, make):
         load(layer, t)
@@ -147,8 +181,13 @@ def test_replicated(ranks):
 def test_head_with_a_padded_vocabulary(ranks, size):
     """A vocabulary of 1000 is padded to 1024 rows; the padding gives zeros."""
     t, x = tensor(1000, 64, 3), torch.randn(2, 64)
-    make = lambda: vllm_embedding.ParallelLMHead(  # noqa: E731
-        1000, 64, params_dtype=torch.float32, quant_config=flute_config(3), prefix="lm_head"
+    make = partial(
+        vllm_embedding.ParallelLMHead,
+        1000,
+        64,
+        params_dtype=torch.float32,
+        quant_config=flute_config(3),
+        prefix="lm_head",
     )
     out = []
     for layer in ranks(size, make):
@@ -185,24 +224,46 @@ def test_parts_of_a_fused_layer_that_differ(change):
 
 def test_errors_while_loading(ranks):
     config = flute_config()
-    make = lambda: vllm_linear.ReplicatedLinear(  # noqa: E731
-        64, 24, bias=False, params_dtype=torch.float32, quant_config=config, prefix="model.r"
+    make = partial(
+        vllm_linear.ReplicatedLinear,
+        64,
+        24,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config,
+        prefix="model.r",
     )
     (layer,) = ranks(1, make)
     with pytest.raises(FluteError, match=r"model\.r\.qweight is missing from the checkpoint"):
         finish(layer)
 
-    wide = lambda: vllm_linear.RowParallelLinear(  # noqa: E731
-        192, 24, bias=False, params_dtype=torch.float32, quant_config=config, prefix="model.d"
+    wide = partial(
+        vllm_linear.RowParallelLinear,
+        192,
+        24,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=config,
+        prefix="model.d",
     )
-    with pytest.raises(FluteError, match=r"model\.d: tensor parallel size 16 .* sizes that work .* 1, 2, 3, 4, 6, 8, 12,"):
+    with pytest.raises(
+        FluteError, match=r"model\.d: tensor parallel size 16 .* sizes that work .* 1, 2, 3, 4, 6, 8, 12,"
+    ):
         ranks(16, wide)
     with pytest.raises(FluteError, match=r"model\.d: group size 128 does not divide its K=192"):
         config.lut = LutConfig.from_dict(config.lut.to_dict() | {"group_size": 128})
         ranks(1, wide)
 
-    qkv = lambda: vllm_linear.QKVParallelLinear(  # noqa: E731
-        64, 16, 2, 2, bias=False, params_dtype=torch.float32, quant_config=flute_config(), prefix="l.qkv_proj"
+    qkv = partial(
+        vllm_linear.QKVParallelLinear,
+        64,
+        16,
+        2,
+        2,
+        bias=False,
+        params_dtype=torch.float32,
+        quant_config=flute_config(),
+        prefix="l.qkv_proj",
     )
     (layer,) = ranks(1, qkv)
     load(layer, tensor(32, 64), "q")

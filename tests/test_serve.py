@@ -120,7 +120,8 @@ def models(work):
     def llama_flute() -> Path:
         """3 bits, a quantized head, one layer at other bits, and a different codebook for one shard of a layer."""
         out = work / "llama-flute"
-        quantize_checkpoint(get("llama"), out, bits=3, group_size=64, codebook="nf", lm_head=True)
+        other = {"model.layers.0.mlp.down_proj": (4, 128)}
+        quantize_checkpoint(get("llama"), out, bits=3, group_size=64, codebook="nf", lm_head=True, overrides=other)
         index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
         name = "model.layers.1.self_attn.k_proj.codebook"
         shard = out / index[name]

@@ -58,12 +58,14 @@ class LutTensor:
             raise FluteError(f"{self.name}.codebook has {size} values: {e}") from None
         if qweight.dtype != torch.uint8 or qweight.dim() != 2 or qweight.shape[1] * 8 % (8 * self.bits):
             raise FluteError(
-                f"{self.name}.qweight is {qweight.dtype} {list(qweight.shape)}, expected torch.uint8 [N, K*{self.bits}/8]"
+                f"{self.name}.qweight is {qweight.dtype} {list(qweight.shape)}, "
+                f"expected torch.uint8 [N, K*{self.bits}/8]"
             )
         n, k = self.shape
         if scales.dtype not in SCALE_DTYPES or scales.dim() != 2 or scales.shape[0] != n or not scales.shape[1]:
             raise FluteError(
-                f"{self.name}.scales is {scales.dtype} {list(scales.shape)}, expected bfloat16 or float16 [{n}, K/group_size]"
+                f"{self.name}.scales is {scales.dtype} {list(scales.shape)}, "
+                f"expected bfloat16 or float16 [{n}, K/group_size]"
             )
         if k % scales.shape[1]:
             raise FluteError(f"{self.name}.scales has {scales.shape[1]} groups a row, which does not divide K={k}")
@@ -82,9 +84,7 @@ class LutTensor:
         if bits is None:
             bits = max(2, (codebook.numel() - 1).bit_length())
         if codes.numel() and int(codes.max()) >= codebook.numel():
-            raise FluteError(
-                f"{name}: code {int(codes.max())} is beyond the codebook of {codebook.numel()} values"
-            )
+            raise FluteError(f"{name}: code {int(codes.max())} is beyond the codebook of {codebook.numel()} values")
         return cls(pack_codes(codes, bits), scales, pad_codebook(codebook, bits), name=name)
 
     @property

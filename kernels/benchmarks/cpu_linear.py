@@ -102,7 +102,10 @@ def main() -> None:
                 for name, seconds in medians.items():
                     nbytes = n * k * 2 if name == "torch bf16 linear" else packed.numel()
                     label = name + ("*" if name == chosen else "")
-                    print(f"{shape:>12} {bits:>4} {m:>5} {label:>18} {seconds * 1e6:10.0f} {nbytes / seconds / 1e9:7.2f} {base / seconds:6.2f}", flush=True)
+                    print(
+                        f"{shape:>12} {bits:>4} {m:>5} {label:>18} {seconds * 1e6:10.0f} {nbytes / seconds / 1e9:7.2f} {base / seconds:6.2f}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _linear(x, packed, header, bias, N, kernel):
     spec = Layout.read(header)
     if kernel not in ("", NAME):
         raise FluteError(f"kernel {kernel!r} does not run on {x.device}: this backend has only {NAME!r}")
-    if x.shape[-1] != spec.k or N != spec.n:
+    if x.shape[-1] != spec.k or spec.n != N:
         raise FluteError(f"x has K={x.shape[-1]} for weights of N={spec.n}, K={spec.k} (caller said N={N})")
     qweight, scales, codebooks = _unpack(packed, header)
     rows = zip(qweight.split(spec.shards), scales.split(spec.shards), codebooks, strict=True)

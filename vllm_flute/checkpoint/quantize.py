@@ -92,6 +92,10 @@ def _plan(
     for name, (_, k) in shapes.items():
         if first_match(ignore, name):
             specs[name] = None
+        elif ".experts." in name:
+            raise FluteError(
+                f"{name} is part of a mixture of experts, which cannot be served yet: give --ignore experts"
+            )
         elif entry := first_match(overrides, name):
             spec = overrides[entry]
             group = spec.group_size or k

@@ -31,17 +31,18 @@ def serving(
     from rich.console import Console
     from rich.table import Table
 
+    from ..serve import cpu_environment
     from ..serve.benchmark import compare
 
-    cores = os.cpu_count()
-    env = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}"}
+    cores = len(os.sched_getaffinity(0))
     labels = {Path(model).name: model for model in models}
-    args = {label: ["--dtype", dtype] for label in labels}
+    options = ["--dtype", dtype, "--max-model-len", str(max(prefill_tokens, decode_tokens) + 64)]
     status = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
         directory = logs or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        result = compare(labels, directory, args, env, rounds, tuple(streams), decode_tokens, prefill_tokens, status.log)
+        loads = tuple(streams), decode_tokens, prefill_tokens
+        result = compare(labels, directory, options, cpu_environment(), rounds, *loads, status.log)
     baseline = next(iter(result.values()))
     table = Table("model", *(f"decode x{n}" for n in streams), f"prefill {prefill_tokens}", "disk", "quantized", "RSS")
     for label, r in result.items():

@@ -14,7 +14,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text file to score.", exists=True, dir_okay=False)] = ...,
     url: Annotated[str, typer.Option(help="A running server to score instead of serving MODELS.")] = None,
     half: Annotated[str, typer.Option(help="Score only the 'first' or 'second' half of the file's lines.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a window (default: the context, at most 2048).")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     stride: Annotated[int, typer.Option(help="New tokens scored by each window (default: half a window).")] = None,
     max_tokens: Annotated[int, typer.Option(help="Score only so many tokens of the text.")] = None,
     dtype: Annotated[str, typer.Option(help="Activation dtype of the server.")] = "bfloat16",
@@ -26,7 +26,7 @@ def evaluate(
     from rich.table import Table
 
     from ..errors import FluteError
-    from ..serve import Client, Server
+    from ..serve import Client, Server, cpu_environment
     from ..serve.perplexity import perplexity
 
     if bool(models) == bool(url):
@@ -61,9 +61,12 @@ def evaluate(
         if url:
             score(url, url)
         for model in models or []:
-            with tempfile.TemporaryDirectory() as directory:
-                with Server(model, Path(directory) / "server.log", ["--dtype", dtype]) as server:
-                    score(model, server.url)
+            options = ["--dtype", dtype, "--max-model-len", str(window + 1)]
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                Server(model, Path(directory) / "server.log", options, cpu_environment()) as server,
+            ):
+                score(model, server.url)
     if as_json:
         print(json.dumps(results, indent=2))
         return

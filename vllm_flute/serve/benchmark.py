@@ -24,7 +24,12 @@ async def _stream(url: str, model: str, prompt: list[int], max_tokens: int) -> l
 
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
         stream = await client.completions.create(
-            model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
         )
         return [time.perf_counter() async for chunk in stream if chunk.choices]
 
@@ -67,7 +72,7 @@ def resident_bytes(pid: int) -> int:
 def compare(
     models: dict[str, str],
     directory: Path,
-    args: dict[str, list[str]],
+    args: list[str],
     env: dict[str, str],
     rounds: int = 5,
     streams: tuple[int, ...] = (1, 8),
@@ -80,7 +85,7 @@ def compare(
     Args:
         models: label to directory.
         directory: where the servers' logs go.
-        args: label to further arguments of `vllm serve`.
+        args: further arguments of `vllm serve`, for every model.
         env: environment of every server.
 
     Returns label to {"decode": {streams: tokens/s}, "prefill": tokens/s, "disk", "resident", "quantized": bytes}.
@@ -89,7 +94,7 @@ def compare(
         servers = {}
         for label, model in models.items():
             progress(f"starting {label}")
-            options = ["--no-enable-prefix-caching", *args.get(label, [])]
+            options = ["--no-enable-prefix-caching", *args]
             servers[label] = stack.enter_context(Server(model, directory / f"{label}.log", options, env))
         for label, server in servers.items():
             progress(f"warming up {label}")

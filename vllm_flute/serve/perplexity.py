@@ -41,7 +41,7 @@ def _windows(tokens: list[int], bos: list[int], window: int, stride: int) -> lis
 def perplexity(
     client: Client,
     text: str,
-    window: int | None = None,
+    window: int = 1024,
     stride: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -49,7 +49,7 @@ def perplexity(
     """Score a text with strided windows (https://huggingface.co/docs/transformers/perplexity).
 
     Args:
-        window: tokens of a request, at most the model's context less one; default that, or 2048 if smaller.
+        window: tokens of a request, at most the model's context less one.
         stride: new tokens scored by each window after the first; default half a window.
         max_tokens: score only the beginning of the text.
         progress: called with (tokens scored, tokens in all).
@@ -59,7 +59,6 @@ def perplexity(
     """
     _, context = client.model()
     limit = context - 1  # the server generates one token after the prompt
-    window = window or min(limit, 2048)
     stride = stride or window // 2
     if not 1 <= stride < window <= limit:
         raise FluteError(f"window {window} and stride {stride}: expected 1 <= stride < window <= {limit} (the context)")

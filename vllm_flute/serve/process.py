@@ -20,6 +20,16 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def cpu_environment() -> dict[str, str]:
+    """What vLLM's CPU worker needs to be told for a measurement; a variable that is set already wins.
+
+    By itself it takes most of the memory for the KV cache and keeps one core back. Ignored on a GPU.
+    """
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    wanted = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": cores}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
 class Server:
     """``with Server(model, log) as server:`` serves a model on a free local port; ``server.url`` answers.
 
@@ -65,7 +75,9 @@ class Server:
             if self.process.poll() is not None:
                 raise FluteError(f"vllm serve {self.model} ended at start (see {self.log}): {self._last_error()}")
             if time.monotonic() > deadline:
-                raise FluteError(f"vllm serve {self.model} did not answer in {self.start_seconds:.0f} s: see {self.log}")
+                raise FluteError(
+                    f"vllm serve {self.model} did not answer in {self.start_seconds:.0f} s: see {self.log}"
+                )
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{self.url}/health", timeout=5).ok:
                     return
