@@ -202,7 +202,8 @@ def main() -> None:
     device = args.device or find_device()
     pins = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"][device]
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
-    project = (pyproject, ROOT / "build_backend.py", ROOT / "vllm_flute" / "__init__.py", ROOT / "kernels")
+    native = [p for p in sorted((ROOT / "kernels").iterdir()) if p.name not in ("benchmarks", "tests", "HACKING.md")]
+    project = (pyproject, ROOT / "build_backend.py", ROOT / "vllm_flute" / "__init__.py", *native)
     wanted = {
         "venv": str(VENV),
         "python": "{}.{}".format(*sys.version_info),

@@ -71,13 +71,13 @@ def ask(url: str) -> Answers:
     import openai
 
     client = Client(url)
-    choices = client.complete(list(PROMPTS), TOKENS, logprobs=2)
+    choices = client.complete(list(PROMPTS), TOKENS, logprobs=2, ignore_eos=True)
     choices.sort(key=lambda c: c["index"])
     logprobs = [c["logprobs"] for c in choices]
     official = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     options = {"model": "model", "max_tokens": TOKENS, "temperature": 0}
     chat = official.chat.completions.create(messages=CHAT, **options)
-    streamed = official.completions.create(prompt=PROMPTS[0], stream=True, **options)
+    streamed = official.completions.create(prompt=PROMPTS[0], stream=True, extra_body={"ignore_eos": True}, **options)
     streamed_chat = official.chat.completions.create(messages=CHAT, stream=True, **options)
     before = client.metrics()
     body = {"model": "model", "prompt": PROMPTS[3], "max_tokens": COUNTED_TOKENS, "ignore_eos": True}
@@ -87,7 +87,7 @@ def ask(url: str) -> Answers:
         tokens=[lp["tokens"] for lp in logprobs],
         logprobs=[lp["token_logprobs"] for lp in logprobs],
         top=[lp["top_logprobs"] for lp in logprobs],
-        single=client.complete(PROMPTS[0], TOKENS)[0]["text"],
+        single=client.complete(PROMPTS[0], TOKENS, ignore_eos=True)[0]["text"],
         chat=chat.choices[0].message.content,
         streamed_completion="".join(chunk.choices[0].text for chunk in streamed if chunk.choices),
         streamed_chat="".join(c.choices[0].delta.content or "" for c in streamed_chat if c.choices),

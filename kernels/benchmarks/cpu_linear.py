@@ -1,13 +1,15 @@
 """Time every applicable CPU kernel and torch's bf16 linear beside each other, on weights that come from memory.
 
-All candidates of a row take turns in one process, and each keeps enough copies of its weights that none is left in
-a cache when its turn comes; the table has medians. GB/s counts the packed bytes (torch: the bf16 weight), `ratio` is
-torch's time over the kernel's, `*` marks the dispatcher's choice.
+All candidates of a row take turns in one process, and every call takes the next of many copies of the weights, so that
+none is in a cache because another call just read it; the table has medians. GB/s counts the packed bytes (torch: the
+bf16 weight), `ratio` is torch's time over the kernel's, `*` marks the dispatcher's choice.
 
     python kernels/benchmarks/cpu_linear.py --bits 4 --tokens 1 8 --shapes 4096x4096 14336x4096
 """
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +20,17 @@ from vllm_flute import dispatch, ops
 from vllm_flute.backends import cpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+TORCH = "torch bf16 linear"
+
+
+def torch_linear(x, copies):
+    return torch.nn.functional.linear(x, next(copies))
+
+
+def lut_linear(x, copies, header, n, name):
+    return ops.lut_linear_op(x, next(copies), header, None, n, name)
 
 
 def weights(n: int, k: int, bits: int, group_size: int):
@@ -39,13 +52,13 @@ def read_bandwidth(nbytes: int = 512 << 20) -> float:
 
 
 def measure(candidates: dict, rounds: int, seconds: float) -> dict[str, float]:
-    """Median seconds of each callable(round), which take turns for at most ``rounds`` or ``seconds``."""
+    """Median seconds of each callable, which take turns for at most ``rounds`` or ``seconds``."""
     times = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     for i in range(rounds):
         for name, run in candidates.items():
             start = time.perf_counter()
-            run(i)
+            run()
             times[name].append(time.perf_counter() - start)
         if i >= 4 and time.perf_counter() > end:
             break
@@ -79,33 +92,28 @@ def main() -> None:
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))
         dense_copies = max(2, (args.copies_mb << 20) // (n * k * 2))
-        dense = [torch.randn(n, k, dtype=torch.bfloat16) for _ in range(dense_copies)]
+        dense = itertools.cycle([torch.randn(n, k, dtype=torch.bfloat16) for _ in range(dense_copies)])
         for bits in args.bits:
             packed, header = weights(n, k, bits, args.group_size)
-            copies = [packed.clone() for _ in range(max(2, (args.copies_mb << 20) // packed.numel()))]
+            copies = itertools.cycle([packed.clone() for _ in range(max(2, (args.copies_mb << 20) // packed.numel()))])
             for m in args.tokens:
                 x, x_dense = torch.randn(m, k).to(dtype), torch.randn(m, k, dtype=torch.bfloat16)
-                candidates = {"torch bf16 linear": lambda i: torch.nn.functional.linear(x_dense, dense[i % len(dense)])}
+                candidates = {TORCH: functools.partial(torch_linear, x_dense, dense)}
                 for name in names:
-
-                    def run(i, name=name):
-                        return ops.lut_linear_op(x, copies[i % len(copies)], header, None, n, name)
-
+                    run = functools.partial(lut_linear, x, copies, header, n, name)
                     try:
-                        run(0)
-                    except RuntimeError:
+                        run()
+                    except RuntimeError:  # a dtype or a group size that this kernel does not take
                         continue
                     candidates[name] = run
                 chosen = cpu.choose(header, m, dtype)
                 medians = measure(candidates, args.rounds, args.seconds)
-                base = medians["torch bf16 linear"]
+                base = medians[TORCH]
                 for name, seconds in medians.items():
-                    nbytes = n * k * 2 if name == "torch bf16 linear" else packed.numel()
+                    nbytes = n * k * 2 if name == TORCH else packed.numel()
                     label = name + ("*" if name == chosen else "")
-                    print(
-                        f"{shape:>12} {bits:>4} {m:>5} {label:>18} {seconds * 1e6:10.0f} {nbytes / seconds / 1e9:7.2f} {base / seconds:6.2f}",
-                        flush=True,
-                    )
+                    speed = f"{seconds * 1e6:10.0f} {nbytes / seconds / 1e9:7.2f} {base / seconds:6.2f}"
+                    print(f"{shape:>12} {bits:>4} {m:>5} {label:>18} {speed}", flush=True)
 
 
 if __name__ == "__main__":

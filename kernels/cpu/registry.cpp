@@ -111,8 +111,8 @@ constexpr struct {
   const char* name;
   int64_t below;  // tokens
 } kPreference[] = {
-    {"gemv-avx512bf16", 16}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 12}, {"tile-avx512", INT64_MAX},
-    {"gemv-avx2", 12},       {"tile-avx2", INT64_MAX},       {"reference", INT64_MAX},
+    {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
+    {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"reference", INT64_MAX},
 };
 
 }  // namespace

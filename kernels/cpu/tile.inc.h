@@ -104,7 +104,7 @@ void tile_run(const Call& call) {
     const int64_t parts = call.parallel.threads == 1 ? 1 : wanted < most ? wanted : most;
     const int64_t part_tokens = divide_up(divide_up(tokens, parts), kTileTokens) * kTileTokens;
     // Several blocks of rows take turns at the same inputs, which stay in the second-level cache.
-    const int64_t turns = blocks >= 16 * kTurns * call.parallel.threads && tokens > 4 * kTileTokens ? kTurns : 1;
+    const int64_t turns = blocks >= 8 * kTurns * call.parallel.threads && tokens > 4 * kTileTokens ? kTurns : 1;
     for_each(call.parallel, divide_up(blocks, turns) * parts, call.parallel.threads, [&](int64_t item) {
       const int64_t begin = item % parts * part_tokens, first_block = item / parts * turns;
       const int64_t last_block = first_block + turns < blocks ? first_block + turns : blocks;
