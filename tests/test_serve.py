@@ -5,6 +5,7 @@ proved in float32, where there are no ties; bf16 may differ where the reference'
 """
 
 import json
+import time
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -74,23 +75,31 @@ def ask(url: str) -> Answers:
     choices = client.complete(list(PROMPTS), TOKENS, logprobs=2, ignore_eos=True)
     choices.sort(key=lambda c: c["index"])
     logprobs = [c["logprobs"] for c in choices]
+    single = client.complete(PROMPTS[0], TOKENS, ignore_eos=True)[0]["text"]
+
     official = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
     options = {"model": "model", "max_tokens": TOKENS, "temperature": 0}
-    chat = official.chat.completions.create(messages=CHAT, **options)
-    streamed = official.completions.create(prompt=PROMPTS[0], stream=True, extra_body={"ignore_eos": True}, **options)
-    streamed_chat = official.chat.completions.create(messages=CHAT, stream=True, **options)
+    chat = official.chat.completions.create(messages=CHAT, **options).choices[0].message.content
+    endless = {"ignore_eos": True}
+    stream = official.completions.create(prompt=PROMPTS[0], stream=True, extra_body=endless, **options)
+    streamed_completion = "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    stream = official.chat.completions.create(messages=CHAT, stream=True, **options)
+    streamed_chat = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+    time.sleep(1)  # vLLM counts a step just after it has answered
     before = client.metrics()
     body = {"model": "model", "prompt": PROMPTS[3], "max_tokens": COUNTED_TOKENS, "ignore_eos": True}
     usage = client.post("/v1/completions", body)["usage"]
+    time.sleep(1)
     return Answers(
         texts=[c["text"] for c in choices],
         tokens=[lp["tokens"] for lp in logprobs],
         logprobs=[lp["token_logprobs"] for lp in logprobs],
         top=[lp["top_logprobs"] for lp in logprobs],
-        single=client.complete(PROMPTS[0], TOKENS, ignore_eos=True)[0]["text"],
-        chat=chat.choices[0].message.content,
-        streamed_completion="".join(chunk.choices[0].text for chunk in streamed if chunk.choices),
-        streamed_chat="".join(c.choices[0].delta.content or "" for c in streamed_chat if c.choices),
+        single=single,
+        chat=chat,
+        streamed_completion=streamed_completion,
+        streamed_chat=streamed_chat,
         metrics=(before, client.metrics()),
         usage=usage,
     )

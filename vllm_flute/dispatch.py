@@ -20,11 +20,17 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def backend(device_type: str):
-    """(backend module, why) for "cpu" or "cuda"; registers its operators on first use and logs a slow path."""
+    """(backend module, why) for "cpu" or "cuda"; registers its operators on first use and logs a slow path.
+
+    Raises FluteError for another device and for a VLLM_FLUTE_ISA that this CPU does not have.
+    """
     if device_type == "cpu":
         missing = cpu.load()
         if not missing:
-            return cpu, f"native CPU library, isa {cpu.describe()['isa']}"
+            found = cpu.describe()
+            if found["error"]:
+                raise FluteError(found["error"])
+            return cpu, f"native CPU library, isa {found['isa']}"
         key = "CPU"
     elif device_type == "cuda":
         missing, key = "the fused GPU kernels are not part of this version", "CUDA"
@@ -88,4 +94,7 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
     if "packed" not in t.packed:
         t.packed["packed"] = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [n])
     packed, header = t.packed["packed"]
-    return lut_linear_op(x, packed, header, bias, n, kernel or "")
+    try:
+        return lut_linear_op(x, packed, header, bias, n, kernel or "")
+    except RuntimeError as e:  # how the native library refuses a call
+        raise FluteError(str(e).splitlines()[0]) from e

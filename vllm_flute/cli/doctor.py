@@ -10,6 +10,7 @@ import typer
 # CPU features that some kernel or peer can use.
 _FEATURES = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx_vnni"}
 _FEATURES |= {"avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"}
+_TOKENS = (1, 8, 64, 512)  # a stream, some streams, many, a prompt
 
 
 def _version(distribution: str) -> str | None:
@@ -40,6 +41,15 @@ def _collect() -> dict:
     import torch
 
     from .. import __version__, dispatch
+    from ..layout import Layout
+
+    def choices(device: str) -> dict[str, dict[str, str]]:
+        """Kernel by activation dtype and M, for a layer of 4 bits and group 64."""
+        header = Layout(dispatch.backend(device)[0].LAYOUT, 4, 64, 4096, torch.bfloat16, (4096,)).header()
+        return {
+            str(dtype).removeprefix("torch."): {str(m): dispatch.choose(header, m, dtype, device) for m in _TOKENS}
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        }
 
     devices = {}
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
@@ -48,6 +58,7 @@ def _collect() -> dict:
             "why": dispatch.backend(device)[1],
             "isa": dispatch.isa(device),
             "kernels": [kernel._asdict() for kernel in kernels],
+            "choices": choices(device),
         }
     plugins = metadata.entry_points(group="vllm.general_plugins")
     return {
@@ -99,3 +110,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             why = kernel["why"] or ("in use" if kernel["isa"] == state["isa"] else "available")
             table.add_row(kernel["name"], kernel["isa"], "yes" if kernel["available"] else "no", why)
         console.print(table)
+        tokens = Table("activations", *(f"M = {m}" for m in _TOKENS), title="kernel by tokens in a call (4 bits)")
+        for dtype, kernel_by_m in state["choices"].items():
+            tokens.add_row(dtype, *kernel_by_m.values())
+        console.print(tokens)

@@ -7,7 +7,9 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
+from .. import dispatch
 from ..checkpoint import LayerSpec, LutConfig, check_checkpoint
 from ..errors import FluteError
 from ..format import QUANT_METHOD
@@ -25,6 +27,7 @@ class FluteConfig(QuantizationConfig):
                 "run 'vllm-flute quantize MODEL -o OUT' and serve OUT"
             )
         self.lut = lut
+        dispatch.backend(current_platform.device_type)  # a machine that cannot run it ends here, in one line
         metrics.share_directory()
 
     @classmethod
