@@ -383,14 +383,11 @@ torch.manual_seed(0)
 described = cpu.describe()
 q, s, c = torch.randint(256, (24, 32), dtype=torch.uint8), torch.rand(24, 2).to(torch.bfloat16), torch.randn(1, 16)
 packed, header = pack_parts(q, s, c, 32, [24])
-result, error = [], ""
-try:
-    for m in (1, 40):
-        result += ops.lut_linear_op(torch.randn(m, 64), packed, header, None, 24, "").flatten().tolist()
-except RuntimeError as e:
-    error = str(e).splitlines()[0]
+result = []
+for m in (1, 40):
+    result += ops.lut_linear_op(torch.randn(m, 64), packed, header, None, 24, "").flatten().tolist()
 chosen = [cpu.choose(header, m, torch.bfloat16) for m in (1, 40)]
-print(json.dumps([described, packed.sum().item(), result, error, chosen]))
+print(json.dumps([described, packed.sum().item(), result, chosen]))
 """
 
 
@@ -407,19 +404,40 @@ def test_forced_isa(isa):
     """One packed layout and, in fp32, one result on every instruction set."""
     if isa != "scalar" and not any(k.isa == isa and k.available for k in KERNELS):
         pytest.skip(f"this CPU has no {isa}")
-    described, packed, result, error, chosen = with_isa(isa)
-    assert (described["isa"], described["forced"], described["error"], error) == (isa, isa, "", "")
+    described, packed, result, chosen = with_isa(isa)
+    assert (described["isa"], described["forced"], described["error"]) == (isa, isa, "")
     isa_of = {k["name"]: k["isa"] for k in described["kernels"]}
     assert {isa_of[name] for name in chosen} == {isa}
-    _, same_packed, oracle, _, _ = with_isa("scalar")
+    _, same_packed, oracle, _ = with_isa("scalar")
     assert packed == same_packed
     torch.testing.assert_close(torch.tensor(result), torch.tensor(oracle), rtol=1e-5, atol=1e-4)
 
 
 def test_unknown_isa_is_an_error():
-    described, _, result, error, chosen = with_isa("avx1024")
+    """The backend refuses it before any weight is packed, and the library refuses every call."""
+    script = """
+import json, torch
+from vllm_flute import FluteError, dispatch, ops
+from vllm_flute.backends import cpu
+from vllm_flute.layout import TILE16, Layout
+header = Layout(TILE16, 4, 32, 64, torch.bfloat16, (16,)).header()
+described, errors = cpu.describe(), []
+for call in (
+    lambda: dispatch.backend("cpu"),
+    lambda: ops.lut_linear_op(torch.zeros(1, 64), torch.zeros(640, dtype=torch.uint8), header, None, 16, ""),
+):
+    try:
+        call()
+    except (FluteError, RuntimeError) as e:
+        errors.append(str(e))
+print(json.dumps([described, errors, cpu.choose(header, 1, torch.bfloat16)]))
+"""
+    env = os.environ | {"VLLM_FLUTE_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    described, errors, chosen = json.loads(done.stdout)
     assert "avx1024" in described["error"] and "scalar" in described["error"]
-    assert described["error"] in error and not result and chosen == ["", ""]
+    assert len(errors) == 2 and all(described["error"] in e for e in errors) and chosen == ""
     assert not any(k["available"] for k in described["kernels"])
 
 

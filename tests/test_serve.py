@@ -5,6 +5,10 @@ proved in float32, where there are no ties; bf16 may differ where the reference'
 """
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -286,3 +290,16 @@ def test_metrics_describe_the_layers(smol_flute):
     # 106 million weights of 4 bits and a 16-bit scale for 64 of them.
     resident = metric_total(after, "vllm_flute:quantized_weight_bytes")
     assert resident == pytest.approx(106.2e6 * (4 + 16 / 64) / 8, rel=0.02)
+
+
+def test_a_broken_checkpoint_ends_the_server_with_one_clear_line(models, work):
+    """The last shard loses its end: no engine is started, and no traceback is the message."""
+    broken = work / "broken"
+    shutil.copytree(models("llama-flute"), broken)
+    shard = sorted(broken.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    command = [Path(sys.executable).with_name("vllm"), "serve", broken, *FLUTE, *ARGS]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"vllm-flute: error: {shard} is truncated" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr + done.stdout

@@ -19,6 +19,7 @@ vllm_flute:weight_bytes_streamed_total counter  bytes of packed weights that tho
 import atexit
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -34,13 +35,19 @@ from ..layout import ABI, LAYOUTS, Layout
 
 ENV = "FLUTE_METRICS_DIR"
 DECODE_M, PREFILL_M = 1, 512
+_directory: str | None = None  # made by this process
 
 
 def share_directory() -> None:
-    """Make the directory in the first process that uses the plugin; its children inherit it."""
-    if ENV in os.environ:
+    """Make the directory in a server's first process; the processes that vLLM starts from it inherit it.
+
+    A variable that is set already counts only in those: whatever started the server may have served before.
+    """
+    global _directory
+    inherited = ENV in os.environ and multiprocessing.parent_process() is not None
+    if inherited or _directory:
         return
-    directory = tempfile.mkdtemp(prefix="vllm-flute-")
+    _directory = directory = tempfile.mkdtemp(prefix="vllm-flute-")
     os.environ[ENV] = directory
     owner = os.getpid()
     # A forked child inherits the handler, but not the ownership.
