@@ -1,7 +1,7 @@
 """Serving benchmark: several models on the same machine in the same run, round after round.
 
 Every server is up for the whole run and the rounds alternate between them, so that a noisy machine disturbs all
-alike; a figure is the median of the rounds.
+alike; a figure is the median of the rounds. A server that is not being measured is paused: idle workers poll.
 """
 
 import asyncio
@@ -95,19 +95,23 @@ def compare(
         for label, model in models.items():
             progress(f"starting {label}")
             options = ["--no-enable-prefix-caching", *args]
-            servers[label] = stack.enter_context(Server(model, directory / f"{label}.log", options, env))
-        for label, server in servers.items():
-            progress(f"warming up {label}")
-            for n in streams:
+            server = stack.enter_context(Server(model, directory / f"{label}.log", options, env))
+            for n in streams:  # the first requests compile and allocate
                 decode_rate(server.url, n, 8)
             prefill_rate(server.url, prefill_tokens)
+            server.pause()
+            servers[label] = server
         samples: dict[str, dict] = {label: {} for label in models}
         for i in range(rounds):
             for label, server in servers.items():
                 progress(f"round {i + 1} of {rounds}: {label}")
+                server.resume()
                 for n in streams:
                     samples[label].setdefault(n, []).append(decode_rate(server.url, n, decode_tokens))
                 samples[label].setdefault("prefill", []).append(prefill_rate(server.url, prefill_tokens))
+                server.pause()
+        for server in servers.values():
+            server.resume()
         return {
             label: {
                 "decode": {n: statistics.median(samples[label][n]) for n in streams},

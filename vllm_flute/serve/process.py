@@ -90,10 +90,19 @@ class Server:
     def __exit__(self, *exc_info) -> None:
         self.stop()
 
+    def pause(self) -> None:
+        """Stop every process of the server where it is, so that an idle server costs its neighbours nothing."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End the server and its workers (they share one process group)."""
         if self.process is None:
             return
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()
         for sig, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sig)
