@@ -14,6 +14,8 @@ from vllm_flute.checkpoint import LutConfig
 from vllm_flute.vllm_plugin.config import FluteConfig
 from vllm_flute.vllm_plugin.linear import FluteLinearMethod
 
+PLAIN = {"bias": False, "params_dtype": torch.float32}
+
 
 def flute_config(bits=4, group_size=64, ignore=(), overrides=None) -> FluteConfig:
     d = {"quant_method": "flute", "format": "lut-v1", "bits": bits, "group_size": group_size, "codebook": "nf"}
@@ -91,14 +93,7 @@ def test_row_parallel_with_groups_cut_by_a_rank(ranks, bits, size, group):
     t, x = tensor(40, 576, bits, group), torch.randn(3, 576)
     config = flute_config(bits, group)
     make = partial(
-        vllm_linear.RowParallelLinear,
-        576,
-        40,
-        bias=False,
-        params_dtype=torch.float32,
-        reduce_results=False,
-        quant_config=config,
-        prefix="down_proj",
+        vllm_linear.RowParallelLinear, 576, 40, **PLAIN, reduce_results=False, quant_config=config, prefix="down_proj"
     )
     y, k = 0, 576 // size
     for rank, layer in enumerate(ranks(size, make)):
@@ -115,17 +110,7 @@ def test_qkv_with_a_codebook_each_and_replicated_heads(ranks, bits, size):
     books = [torch.randn(2**bits, generator=torch.Generator().manual_seed(i)).sort().values for i in range(3)]
     q, k, v = (tensor(n, 64, bits, 32, i, b) for i, (n, b) in enumerate(zip((128, 32, 32), books, strict=True)))
     config, x = flute_config(bits, 32), torch.randn(6, 64)
-    make = partial(
-        vllm_linear.QKVParallelLinear,
-        64,
-        16,
-        8,
-        2,
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=config,
-        prefix="l.qkv_proj",
-    )
+    make = partial(vllm_linear.QKVParallelLinear, 64, 16, 8, 2, **PLAIN, quant_config=config, prefix="l.qkv_proj")
     for rank, layer in enumerate(ranks(size, make)):
         for t, shard in ((q, "q"), (k, "k"), (v, "v")):
             load(layer, t, shard)
@@ -142,13 +127,7 @@ def test_merged_column_with_a_codebook_each(ranks):
     gate, up = tensor(96, 64, 3, 64, 1), tensor(96, 64, 3, 64, 2, torch.linspace(-1, 1, 8))
     config, x = flute_config(3), torch.randn(2, 64)
     make = partial(
-        vllm_linear.MergedColumnParallelLinear,
-        64,
-        [96, 96],
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=config,
-        prefix="mlp.gate_up_proj",
+        vllm_linear.MergedColumnParallelLinear, 64, [96, 96], **PLAIN, quant_config=config, prefix="mlp.gate_up_proj"
     )
     out = []
     for layer in ranks(3, make):
@@ -162,15 +141,7 @@ def test_merged_column_with_a_codebook_each(ranks):
 
 def test_replicated(ranks):
     t, x = tensor(24, 64), torch.randn(2, 64)
-    make = partial(
-        vllm_linear.ReplicatedLinear,
-        64,
-        24,
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=flute_config(),
-        prefix="r",
-    )
+    make = partial(vllm_linear.ReplicatedLinear, 64, 24, **PLAIN, quant_config=flute_config(), prefix="r")
     for layer in ranks(2, make):
         load(layer, t)
         finish(layer)
@@ -224,28 +195,12 @@ def test_parts_of_a_fused_layer_that_differ(change):
 
 def test_errors_while_loading(ranks):
     config = flute_config()
-    make = partial(
-        vllm_linear.ReplicatedLinear,
-        64,
-        24,
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=config,
-        prefix="model.r",
-    )
+    make = partial(vllm_linear.ReplicatedLinear, 64, 24, **PLAIN, quant_config=config, prefix="model.r")
     (layer,) = ranks(1, make)
     with pytest.raises(FluteError, match=r"model\.r\.qweight is missing from the checkpoint"):
         finish(layer)
 
-    wide = partial(
-        vllm_linear.RowParallelLinear,
-        192,
-        24,
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=config,
-        prefix="model.d",
-    )
+    wide = partial(vllm_linear.RowParallelLinear, 192, 24, **PLAIN, quant_config=config, prefix="model.d")
     with pytest.raises(
         FluteError, match=r"model\.d: tensor parallel size 16 .* sizes that work .* 1, 2, 3, 4, 6, 8, 12,"
     ):
@@ -255,15 +210,7 @@ def test_errors_while_loading(ranks):
         ranks(1, wide)
 
     qkv = partial(
-        vllm_linear.QKVParallelLinear,
-        64,
-        16,
-        2,
-        2,
-        bias=False,
-        params_dtype=torch.float32,
-        quant_config=flute_config(),
-        prefix="l.qkv_proj",
+        vllm_linear.QKVParallelLinear, 64, 16, 2, 2, **PLAIN, quant_config=flute_config(), prefix="l.qkv_proj"
     )
     (layer,) = ranks(1, qkv)
     load(layer, tensor(32, 64), "q")
