@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerance import assert_within_bound
 
-from vllm_flute import FluteError, LutTensor, counters, lut_linear, quantize, reference
+from vllm_flute import FluteError, LutTensor, counters, lut_linear, quantize
 from vllm_flute.backends import portable
 from vllm_flute.dispatch import pack_parts
 from vllm_flute.layout import ABI, MAGIC, ROWS, Layout
@@ -49,8 +49,9 @@ def test_fused_shards_keep_their_codebooks():
     shards, parts = fused()
     packed, header = pack_parts(*parts, 32, [40, 8, 24])
     x = torch.randn(5, 128)
-    expected = torch.cat([reference.linear(x, t) for t in shards], dim=-1)
-    torch.testing.assert_close(lut_linear_op(x, packed, header, None, 72, ""), expected)
+    outputs = lut_linear_op(x, packed, header, None, 72, "").split([40, 8, 24], dim=-1)
+    for actual, t in zip(outputs, shards, strict=True):
+        assert_within_bound(actual, x, t)
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(72)])
@@ -73,7 +74,7 @@ def test_compiled_graph_does_not_depend_on_the_format():
         packed, header = pack_parts(t.qweight, t.scales, t.codebook[None], 32, [48])
         for m in (3, 40):
             x = torch.randn(m, 128)
-            torch.testing.assert_close(compiled(x, packed, header), reference.linear(x, t) + 1)
+            assert_within_bound(compiled(x, packed, header), x, t, torch.ones(48))
     assert counted.frame_count == 1
 
 
