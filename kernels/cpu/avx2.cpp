@@ -14,8 +14,8 @@ const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 }  // namespace
 
 const Kernel kAvx2Kernels[] = {
-    {"gemv-avx2", kAvx2, 1, refuses_nothing, gemv_passes, gemv_run<MathF32>},
-    {"tile-avx2", kAvx2, 2, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {"gemv-avx2", kAvx2, kFp32, 1, refuses_nothing, gemv_passes, gemv_run<MathF32>},
+    {"tile-avx2", kAvx2, kFp32, 2, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
     {},
 };
 

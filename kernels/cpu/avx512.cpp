@@ -14,8 +14,8 @@ const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 }  // namespace
 
 const Kernel kAvx512Kernels[] = {
-    {"gemv-avx512", kAvx512, 3, refuses_nothing, gemv_passes, gemv_run<MathF32>},
-    {"tile-avx512", kAvx512, 4, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {"gemv-avx512", kAvx512, kFp32, 3, refuses_nothing, gemv_passes, gemv_run<MathF32>},
+    {"tile-avx512", kAvx512, kFp32, 4, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
     {},
 };
 

@@ -70,8 +70,8 @@ const char* gemv_refuses(const Weights& w, Dtype dtype) {
 }  // namespace
 
 const Kernel kAvx512Bf16Kernels[] = {
-    {"gemv-avx512bf16", kAvx512Bf16, 6, gemv_refuses, gemv_passes, gemv_run<MathBf16>},
-    {"tile-avx512bf16", kAvx512Bf16, 5, tile_refuses, tile_passes<MathBf16>, tile_run<MathBf16>},
+    {"gemv-avx512bf16", kAvx512Bf16, kBf16Weights, 6, gemv_refuses, gemv_passes, gemv_run<MathBf16>},
+    {"tile-avx512bf16", kAvx512Bf16, kBf16Weights, 5, tile_refuses, tile_passes<MathBf16>, tile_run<MathBf16>},
     {},
 };
 

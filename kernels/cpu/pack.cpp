@@ -48,10 +48,14 @@ Weights parse_header(const int64_t* h, int64_t length) {
   constexpr int64_t kMaxK = int64_t(1) << 28, kMaxN = int64_t(1) << 31;
   if (length <= kHeaderFixed || h[kFieldMagic] != kMagic) refuse("not one");
   if (h[kFieldAbi] != kAbi) refuse("ABI " + std::to_string(h[kFieldAbi]) + ", this library reads ABI " + std::to_string(kAbi));
-  if (h[kFieldLayout] != kTile16) refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layout 1 (tile16)");
+  if (h[kFieldLayout] != kTile16 && h[kFieldLayout] != kTernary16) {
+    refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layouts 1 (tile16) and 2 (ternary16)");
+  }
   if (h[kFieldBits] < 2 || h[kFieldBits] > 4) refuse(std::to_string(h[kFieldBits]) + " bits, expected 2, 3 or 4");
   Weights w{};
   w.bits = int(h[kFieldBits]);
+  w.ternary = h[kFieldLayout] == kTernary16;
+  if (w.ternary && w.bits != 2) refuse("layout ternary16 with " + std::to_string(w.bits) + " bits, expected 2");
   w.group_size = h[kFieldGroupSize];
   w.k = h[kFieldK];
   if (w.k < 8 || w.k > kMaxK || w.k % 8) refuse("K=" + std::to_string(w.k) + ", expected a multiple of 8");
@@ -112,6 +116,9 @@ void pack(const Weights& weights, const uint8_t* qweight, const uint16_t* scales
           else memcpy(in, source, size_t(bytes));
         }
         if (w.bits == 3) stream_to_tile3(in, moved), from = moved;
+        if (w.ternary) {
+          for (int j = 0; j < 2; ++j) in[j] &= ~(in[j] >> 1 & 0x55555555);  // code 3 to 2
+        }
         for (int j = 0; j < w.bits; ++j) words[j * kTileRows + r] = from[j];
       }
     }

@@ -48,6 +48,6 @@ int64_t once(const Weights&, int64_t) { return 1; }
 
 }  // namespace
 
-const Kernel kReferenceKernels[] = {{"reference", kScalar, 0, refuses_nothing, once, run}, {}};
+const Kernel kReferenceKernels[] = {{"reference", kScalar, kFp32, 0, refuses_nothing, once, run}, {}};
 
 }  // namespace flute

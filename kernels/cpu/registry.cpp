@@ -10,13 +10,22 @@ namespace flute {
 
 namespace {
 
-constexpr const char* kIsaNames[kIsas] = {"scalar", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kIsaNames[kIsas] = {"scalar", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
+constexpr const char* kArithmeticNames[kArithmetics] = {"fp32", "bf16 weights", "int16", "int8"};
+
+// Whether this kind of CPU can have the instruction set at all.
+constexpr bool of_this_architecture(int isa) {
+#ifdef FLUTE_X86
+  return isa != kNeon;
+#else
+  return isa <= kNeon;
+#endif
+}
 
 struct Registry {
   Isa cpu = kScalar;  // what the CPU and its operating system have
   Isa used = kScalar;
   std::string forced, error, description;
-  std::vector<const Kernel*> kernels;
 
   Registry() {
 #ifdef FLUTE_X86
@@ -26,30 +35,27 @@ struct Registry {
       cpu = kAvx2;
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        cpu = __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+        cpu = kAvx512;
+        if (__builtin_cpu_supports("avx512vnni")) cpu = __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512Vnni;
       }
     }
-    add(kAvx2Kernels), add(kAvx512Kernels), add(kAvx512Bf16Kernels);
 #endif
-    add(kReferenceKernels);
     used = cpu;
     if (const char* value = std::getenv("VLLM_FLUTE_ISA"); value && *value) {
       forced = value;
       used = kIsas;
       for (int i = 0; i < kIsas; ++i) {
-        if (forced == kIsaNames[i]) used = Isa(i);
+        if (of_this_architecture(i) && forced == kIsaNames[i]) used = Isa(i);
       }
       std::string names;
-      for (int i = 0; i <= cpu; ++i) names += std::string(i ? ", " : "") + kIsaNames[i];
+      for (int i = 0; i <= cpu; ++i) {
+        if (of_this_architecture(i)) names += std::string(i ? ", " : "") + kIsaNames[i];
+      }
       if (used == kIsas) error = "is not an instruction set";
       else if (used > cpu) error = "is not what this CPU has";
       if (!error.empty()) error = "VLLM_FLUTE_ISA=" + printable(forced) + " " + error + " (available: " + names + ")";
     }
     description = describe();
-  }
-
-  void add(const Kernel* list) {
-    for (; list->name; ++list) kernels.push_back(list);
   }
 
   // Safe in a message of one line and in JSON.
@@ -69,15 +75,22 @@ struct Registry {
 
   std::string available() const {
     std::string names;
-    for (const Kernel* k : kernels) {
-      if (lacks(*k).empty()) names += (names.empty() ? "" : ", ") + std::string(k->name);
+    for (const Kernel* const* k = all_kernels(); *k; ++k) {
+      if (lacks(**k).empty()) names += (names.empty() ? "" : ", ") + std::string((*k)->name);
     }
     return names;
   }
 
   const Kernel* find(const std::string& name) const {
-    for (const Kernel* k : kernels) {
-      if (name == k->name) return k;
+    for (const Kernel* const* k = all_kernels(); *k; ++k) {
+      if (name == (*k)->name) return *k;
+    }
+    return nullptr;
+  }
+
+  const Kernel* find(int64_t slot) const {
+    for (const Kernel* const* k = all_kernels(); *k; ++k) {
+      if (slot == (*k)->slot) return *k;
     }
     return nullptr;
   }
@@ -86,11 +99,12 @@ struct Registry {
     const auto quoted = [](const std::string& s) { return "\"" + s + "\""; };
     std::string json = "{\"abi\":" + std::to_string(kAbi) + ",\"isa\":" + quoted(error.empty() ? kIsaNames[used] : "none") +
                        ",\"forced\":" + quoted(printable(forced)) + ",\"error\":" + quoted(error) + ",\"kernels\":[";
-    for (const Kernel* k : kernels) {
-      const std::string why = lacks(*k);
-      json += std::string(k == kernels.front() ? "" : ",") + "{\"name\":" + quoted(k->name) + ",\"isa\":" + quoted(kIsaNames[k->isa]) +
-              ",\"slot\":" + std::to_string(k->slot) + ",\"available\":" + (why.empty() ? "true" : "false") +
-              ",\"why\":" + quoted(why) + "}";
+    for (const Kernel* const* all = all_kernels(); *all; ++all) {
+      const Kernel& k = **all;
+      const std::string why = lacks(k);
+      json += std::string(all == all_kernels() ? "" : ",") + "{\"name\":" + quoted(k.name) + ",\"isa\":" + quoted(kIsaNames[k.isa]) +
+              ",\"arithmetic\":" + quoted(kArithmeticNames[k.arithmetic]) + ",\"slot\":" + std::to_string(k.slot) +
+              ",\"available\":" + (why.empty() ? "true" : "false") + ",\"why\":" + quoted(why) + "}";
     }
     return json + "]}";
   }
@@ -103,6 +117,9 @@ const Registry& registry() {
 
 uint64_t private_page[kSlots * kBuckets * kFields];
 uint64_t* page = private_page;
+
+const TableLine* table = nullptr;
+int64_t table_lines = 0;
 
 // The analytic default: the first of its list that runs here, takes the call, and is meant for so many tokens. The
 // limits are crossings measured with benchmarks/cpu_linear.py: below them reading weights is what costs, and gemv
@@ -117,11 +134,33 @@ constexpr struct {
 
 }  // namespace
 
+const Kernel* const* all_kernels() {
+  static const std::vector<const Kernel*> instance = [] {
+    std::vector<const Kernel*> all;
+    for (const Kernel* list : {
+#ifdef FLUTE_X86
+             kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
+#endif
+             kReferenceKernels}) {
+      for (; list->name; ++list) all.push_back(list);
+    }
+    all.push_back(nullptr);
+    return all;
+  }();
+  return instance.data();
+}
+
 const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string& name) {
   const Registry& r = registry();
   if (!r.error.empty()) throw std::invalid_argument(r.error);
   const Kernel* kernel = r.find(name);
   if (name.empty()) {
+    const int64_t bits = w.ternary ? 1 : w.bits;
+    for (const TableLine* line = table; line != table + table_lines; ++line) {
+      if (line->bits != bits || line->dtype != dtype || m > line->max_tokens || w.n * w.k > line->max_weights) continue;
+      const Kernel* measured = r.find(line->slot);
+      if (measured && r.lacks(*measured).empty() && !measured->refuses(w, dtype)) return *measured;
+    }
     for (const auto& preferred : kPreference) {
       kernel = r.find(preferred.name);
       if (kernel && m < preferred.below && r.lacks(*kernel).empty() && !kernel->refuses(w, dtype)) break;
@@ -147,6 +186,11 @@ void count(const Kernel& kernel, const Weights& w, int64_t m) {
 const char* flute_cpu_describe() { return flute::registry().description.c_str(); }
 
 void flute_cpu_set_counters(void* page) { __atomic_store_n(&flute::page, static_cast<uint64_t*>(page), __ATOMIC_RELEASE); }
+
+void flute_cpu_set_table(const void* lines, int64_t count) {
+  flute::table = static_cast<const flute::TableLine*>(lines);
+  flute::table_lines = count;
+}
 
 const char* flute_cpu_choose(const int64_t* header, int64_t m, int dtype) {
   try {

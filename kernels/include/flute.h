@@ -22,7 +22,7 @@ constexpr int64_t kMagic = 0x464C555445;  // "FLUTE"
 constexpr int64_t kAbi = 1;
 enum HeaderField { kFieldMagic, kFieldAbi, kFieldLayout, kFieldBits, kFieldGroupSize, kFieldK, kFieldScaleDtype,
                    kFieldShards, kHeaderFixed };
-enum Layout : int64_t { kRows = 0, kTile16 = 1 };
+enum Layout : int64_t { kRows = 0, kTile16 = 1, kTernary16 = 2 };
 enum ScaleDtype : int64_t { kScaleBf16 = 0, kScaleF16 = 1 };
 enum Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of activations, bias and result
 
@@ -46,6 +46,8 @@ enum Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of activations, bias and
 //
 // Two and four bits are the checkpoint's stream transposed word by word. Three bits are moved so that no code
 // crosses a 16-bit half, which lets kernels shift and look up in 32-bit or in 16-bit lanes alike.
+//
+// TERNARY16 is TILE16 of 2 bits for weights of three values: codes are 0, 1 or 2 (3, whose value is the same, became 2).
 constexpr int kTileRows = 16;
 constexpr int kChunk = 32;
 constexpr int64_t kBookBytes = 16 * sizeof(float);
@@ -53,6 +55,7 @@ constexpr int64_t kBookBytes = 16 * sizeof(float);
 // One layer's weights, as a valid header explains them.
 struct Weights {
   int bits;
+  bool ternary;  // three values, and no code 3
   int64_t group_size, k, n, groups;
   ScaleDtype scale_dtype;
   const int64_t* shards;  // rows of each
@@ -117,11 +120,16 @@ struct Call {
   Parallel parallel;
 };
 
-enum Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kIsas };  // each includes the ones before it
+enum Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kIsas };  // each includes those of its CPU before it
+
+// What a kernel multiplies, which sets its error: fp32 sums of exact products; weights rounded to bf16, with fp32 sums;
+// inputs and weights as integers of 16 or 8 bits with a scale for each token and block of inputs.
+enum Arithmetic { kFp32, kBf16Weights, kInt16, kInt8, kArithmetics };
 
 struct Kernel {
   const char* name;
   Isa isa;
+  Arithmetic arithmetic;
   int slot;  // row of the counters' page; never reused for another kernel
   const char* (*refuses)(const Weights& w, Dtype dtype);  // what it does not take, or null; every N, K and M is taken
   int64_t (*passes)(const Weights& w, int64_t m);  // how often a call with m tokens streams the packed bytes
@@ -129,7 +137,21 @@ struct Kernel {
 };
 
 // One list for each translation unit in cpu/, ended by a kernel without a name.
-extern const Kernel kReferenceKernels[], kAvx2Kernels[], kAvx512Kernels[], kAvx512Bf16Kernels[];
+extern const Kernel kReferenceKernels[], kNeonKernels[], kAvx2Kernels[], kAvx512Kernels[], kAvx512VnniKernels[], kAvx512Bf16Kernels[],
+    kAmxKernels[];
+
+// All that are compiled in, in the order of the lists above; the last is null.
+const Kernel* const* all_kernels();
+
+// A line of the measured table (vllm_flute/backends/cpu.py): calls with this key take the kernel of this slot. The first
+// line that matches and whose kernel can take the call decides; where none does, the analytic default.
+struct TableLine {
+  int64_t bits;         // 2, 3, 4; 1 for ternary weights
+  int64_t dtype;        // Dtype
+  int64_t max_tokens;   // M up to here
+  int64_t max_weights;  // N * K up to here
+  int64_t slot;
+};
 
 // The kernel for m tokens: the named one, or with an empty name the dispatcher's choice. Throws
 // std::invalid_argument where the name is unknown or the kernel cannot run here or on this dtype.
@@ -195,9 +217,12 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 
 #define FLUTE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A JSON object: abi, isa (the highest in use), forced (VLLM_FLUTE_ISA), error (why it is refused), kernels.
+// A JSON object: abi, isa (the highest in use), forced (VLLM_FLUTE_ISA), error (why it is refused), kernels with their
+// isa, arithmetic, slot, whether they are available, and why not.
 FLUTE_EXPORT const char* flute_cpu_describe();
 // From now on count in this page, which must outlive the library; until then a private one is used.
 FLUTE_EXPORT void flute_cpu_set_counters(void* page);
+// From now on choose by this table of `lines` TableLines first; it must outlive the library. Null: none.
+FLUTE_EXPORT void flute_cpu_set_table(const void* table, int64_t lines);
 // The name of the kernel that a call would run; empty where the header or the dtype is not valid.
 FLUTE_EXPORT const char* flute_cpu_choose(const int64_t* header, int64_t m, int dtype);

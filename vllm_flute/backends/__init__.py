@@ -8,6 +8,7 @@ class Kernel(NamedTuple):
 
     name: str
     isa: str
+    arithmetic: str  # what is multiplied, which sets the error: kernels/include/flute.h, enum Arithmetic
     slot: int
     available: bool
     why: str

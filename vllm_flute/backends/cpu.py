@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from .. import counters
-from ..layout import TILE16
+from ..layout import TERNARY16, TILE16
 from . import Kernel
 
-LAYOUT = TILE16
 _PATH = Path(__file__).resolve().parent.parent / "libvllm_flute_cpu.so"
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -33,6 +32,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     native.flute_cpu_choose.restype = ctypes.c_char_p
     native.flute_cpu_choose.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     native.flute_cpu_set_counters.argtypes = [ctypes.c_void_p]
+    native.flute_cpu_set_table.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     counters.subscribe(native.flute_cpu_set_counters)
     return native, ""
 
@@ -50,6 +50,12 @@ def describe() -> dict:
 
 def kernels() -> list[Kernel]:
     return [Kernel(**k) for k in describe()["kernels"]]
+
+
+def layout(codebooks: torch.Tensor) -> int:
+    """The layout to pack weights of these codebooks (fp32 ``[S, 2**bits]``) in: ternary ones have kernels of their own."""
+    ternary = codebooks.shape[1] == 4 and torch.equal(codebooks[:, 2], codebooks[:, 3])
+    return TERNARY16 if ternary else TILE16
 
 
 def choose(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:

@@ -12,13 +12,17 @@ from ..format import LutTensor
 from ..layout import ROWS, Layout
 from . import Kernel
 
-LAYOUT = ROWS
 SLOT = counters.SLOTS - 1
 NAME = "portable"
 
 
 def kernels() -> list[Kernel]:
-    return [Kernel(NAME, "torch", SLOT, True, "")]
+    return [Kernel(NAME, "torch", "weights in the dtype of x", SLOT, True, "")]
+
+
+def layout(codebooks: torch.Tensor) -> int:
+    """The layout to pack weights in."""
+    return ROWS
 
 
 def _sections(spec: Layout) -> tuple[int, int, int]:
@@ -32,7 +36,7 @@ def _pack(qweight, scales, codebooks, header):
 def _unpack(packed, header):
     spec = Layout.read(header)
     sections = _sections(spec)
-    if spec.layout != LAYOUT or packed.numel() != sum(sections):
+    if spec.layout != ROWS or packed.numel() != sum(sections):
         raise FluteError(
             f"packed weights of {packed.numel()} bytes do not match their header {spec}: "
             f"expected layout rows and {sum(sections)} bytes; pack them again on this backend"

@@ -45,7 +45,7 @@ def _collect() -> dict:
 
     def choices(device: str) -> dict[str, dict[str, str]]:
         """Kernel by activation dtype and M, for a layer of 4 bits and group 64."""
-        header = Layout(dispatch.backend(device)[0].LAYOUT, 4, 64, 4096, torch.bfloat16, (4096,)).header()
+        header = Layout(dispatch.backend(device)[0].layout(torch.arange(16.0)[None]), 4, 64, 4096, torch.bfloat16, (4096,)).header()
         return {
             str(dtype).removeprefix("torch."): {str(m): dispatch.choose(header, m, dtype, device) for m in _TOKENS}
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
