@@ -8,6 +8,11 @@ namespace {
 #include "math_f32.inc.h"
 #include "gemv.inc.h"
 #include "tile.inc.h"
+#include "lanes_avx2.inc.h"
+
+constexpr int kMaxLanes = 16;
+using LanesMax = Lanes16;
+#include "vlut.inc.h"
 
 const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 
@@ -16,6 +21,7 @@ const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 const Kernel kAvx2Kernels[] = {
     {"gemv-avx2", kAvx2, kFp32, 1, refuses_nothing, gemv_passes, gemv_run<MathF32>},
     {"tile-avx2", kAvx2, kFp32, 2, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {"vlut-avx2", kAvx2, kInt16, 7, vlut_refuses, vlut_passes, vlut_run},
     {},
 };
 

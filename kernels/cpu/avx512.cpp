@@ -8,6 +8,12 @@ namespace {
 #include "math_f32.inc.h"
 #include "gemv.inc.h"
 #include "tile.inc.h"
+#include "lanes_avx2.inc.h"
+#include "lanes_avx512.inc.h"
+
+constexpr int kMaxLanes = 32;
+using LanesMax = Lanes32;
+#include "vlut.inc.h"
 
 const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 
@@ -16,6 +22,7 @@ const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 const Kernel kAvx512Kernels[] = {
     {"gemv-avx512", kAvx512, kFp32, 3, refuses_nothing, gemv_passes, gemv_run<MathF32>},
     {"tile-avx512", kAvx512, kFp32, 4, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
+    {"vlut-avx512", kAvx512, kInt16, 8, vlut_refuses, vlut_passes, vlut_run},
     {},
 };
 

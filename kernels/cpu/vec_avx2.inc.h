@@ -23,6 +23,10 @@ INLINE void store(float* p, F16 v) {
 }
 INLINE F16 add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 INLINE F16 mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+INLINE F16 absolute(F16 v) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, v.a), _mm256_andnot_ps(sign, v.b)};
+}
 INLINE F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 
 INLINE __m256 from_bf16_8(const uint16_t* p) {
@@ -56,11 +60,25 @@ INLINE I16 shift_right(I16 v) {
   if constexpr (SHIFT == 0) return v;
   else return {_mm256_srli_epi32(v.a, SHIFT), _mm256_srli_epi32(v.b, SHIFT)};
 }
+template <int SHIFT>
+INLINE I16 shift_left(I16 v) {
+  return {_mm256_slli_epi32(v.a, SHIFT), _mm256_slli_epi32(v.b, SHIFT)};
+}
 // Bits of `mask` from x, the others from y.
 INLINE I16 merge(uint32_t mask, I16 x, I16 y) {
   const __m256i m = _mm256_set1_epi32(int(mask));
   return {_mm256_or_si256(_mm256_and_si256(m, x.a), _mm256_andnot_si256(m, y.a)),
           _mm256_or_si256(_mm256_and_si256(m, x.b), _mm256_andnot_si256(m, y.b))};
+}
+INLINE I16 and_mask(I16 v, uint32_t mask) {
+  const __m256i m = _mm256_set1_epi32(int(mask));
+  return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
+}
+INLINE I16 or_words(I16 x, I16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+INLINE I16 add_words(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE void store_words(uint32_t* p, I16 v) {
+  _mm256_storeu_si256((__m256i*)p, v.a);
+  _mm256_storeu_si256((__m256i*)(p + 8), v.b);
 }
 
 template <int BITS>

@@ -13,6 +13,7 @@ INLINE F16 load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, F16 v) { _mm512_storeu_ps(p, v); }
 INLINE F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
 INLINE F16 mul(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
+INLINE F16 absolute(F16 v) { return _mm512_abs_ps(v); }
 INLINE F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 
 INLINE F16 from_bf16(const uint16_t* p) {
@@ -35,8 +36,16 @@ INLINE I16 shift_right(I16 v) {
   if constexpr (SHIFT == 0) return v;
   else return _mm512_srli_epi32(v, SHIFT);
 }
+template <int SHIFT>
+INLINE I16 shift_left(I16 v) {
+  return _mm512_slli_epi32(v, SHIFT);
+}
 // Bits of `mask` from a, the others from b.
 INLINE I16 merge(uint32_t mask, I16 a, I16 b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), a, b, 0xca); }
+INLINE I16 and_mask(I16 v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(int(mask))); }
+INLINE I16 or_words(I16 a, I16 b) { return _mm512_or_si512(a, b); }
+INLINE I16 add_words(I16 a, I16 b) { return _mm512_add_epi32(a, b); }
+INLINE void store_words(uint32_t* p, I16 v) { _mm512_storeu_si512(p, v); }
 
 template <int BITS>
 struct Book {

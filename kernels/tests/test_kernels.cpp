@@ -1,5 +1,6 @@
 // Every kernel that this CPU runs against a naive sum in double over the checkpoint's own bit stream, on ragged
 // shapes; the layout there and back; refused headers. No torch: also the program to run under sanitizers.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -37,11 +38,43 @@ struct Case {
   int64_t k, group_size;
   std::vector<int64_t> shards;
   ScaleDtype scale_dtype;
+  bool ternary = false;
 };
 
+// Inputs are summed in 16 bits over blocks of up to 256 in a group, each product rounded by half a unit (vlut.inc.h).
+double int16_error(const Weights& w, const void* x, Dtype dtype, int64_t m, const float* largest) {
+  double error = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    for (int64_t begin = g * w.group_size; begin < (g + 1) * w.group_size; begin += 256) {
+      const int64_t size = std::min<int64_t>(256, (g + 1) * w.group_size - begin);
+      double sum = 0;
+      for (int64_t k = begin; k < begin + size; ++k) sum += std::fabs(load_value(x, m * w.k + k, dtype));
+      error += largest[g] * sum / (32766 - 128) * double(size) / 2;
+    }
+  }
+  return error;
+}
+
+// Inputs and weights as whole multiples of a step each, 1/127 of the largest magnitude of a block of inputs (up to 256 in a
+// group) and of what the group's weights could be (int8.inc.h): |xw - x'w'| <= |w| dx + |x| dw + dx dw with half steps dx
+// and dw. In fp32 the step, its reciprocal and the quotient round by 2^-24 each: a half step is 1 + 2^-14 as long.
+double int8_error(const Weights& w, const void* x, Dtype dtype, int64_t m, const float* weight, const float* largest) {
+  double error = 0;
+  for (int64_t begin = 0, end; begin < w.k; begin = end) {
+    const int64_t group = begin / w.group_size;
+    end = std::min(begin + 256, (group + 1) * w.group_size);
+    double top = 0;
+    for (int64_t k = begin; k < end; ++k) top = std::max(top, std::fabs(double(load_value(x, m * w.k + k, dtype))));
+    const double dx = top / 254 * (1 + 0x1p-14), dw = largest[group] / 254.0 * (1 + 0x1p-14);
+    for (int64_t k = begin; k < end; ++k) error += std::fabs(weight[k]) * dx + std::fabs(load_value(x, m * w.k + k, dtype)) * dw + dx * dw;
+  }
+  return error;
+}
+
 // One call against the sum in double. An fp32 operation rounds by at most 2^-24 of what it sums, a bf16 weight by 2^-8
-// of itself, and the result is rounded to its dtype (fp16 also has a smallest step).
-void check_kernel(const Kernel& kernel, const Weights& w, const std::vector<float>& weight, Dtype dtype, int64_t m, const std::string& name) {
+// of itself, and the result is rounded to its dtype (fp16 also has a smallest step). `largest` [N, G] is the magnitude of
+// the largest weight that a group could hold.
+void check_kernel(const Kernel& kernel, const Weights& w, const std::vector<float>& weight, const std::vector<float>& largest, Dtype dtype, int64_t m, const std::string& name) {
   try {
     choose(w, m, dtype, kernel.name);
   } catch (const std::invalid_argument&) {
@@ -63,6 +96,10 @@ void check_kernel(const Kernel& kernel, const Weights& w, const std::vector<floa
       }
       double bound = magnitude * (double(w.k) + 8) * 0x1p-24;
       if (kernel.arithmetic == kBf16Weights) bound += magnitude * 0x1p-8;
+      if (kernel.arithmetic == kInt16) bound += int16_error(w, x.data(), dtype, i, largest.data() + n * w.groups);
+      if (kernel.arithmetic == kInt8) {  // the fp32 operations also sum what is in error
+        bound += int8_error(w, x.data(), dtype, i, weight.data() + n * w.k, largest.data() + n * w.groups) * (1 + (double(w.k) + 8) * 0x1p-24);
+      }
       if (dtype == kBf16) bound += std::fabs(sum) * 0x1p-8;
       if (dtype == kF16) bound += std::fabs(sum) * 0x1p-11 + 0x1p-24;
       const double got = load_value(y.data(), i * w.n + n, dtype);
@@ -75,10 +112,10 @@ void check_kernel(const Kernel& kernel, const Weights& w, const std::vector<floa
 }
 
 void check_case(const Case& c) {
-  std::vector<int64_t> header = {kMagic, kAbi, kTile16, c.bits, c.group_size, c.k, c.scale_dtype, int64_t(c.shards.size())};
+  std::vector<int64_t> header = {kMagic, kAbi, c.ternary ? kTernary16 : kTile16, c.bits, c.group_size, c.k, c.scale_dtype, int64_t(c.shards.size())};
   header.insert(header.end(), c.shards.begin(), c.shards.end());
   Weights w = parse_header(header.data(), int64_t(header.size()));
-  const std::string name = std::to_string(c.bits) + " bits, N=" + std::to_string(w.n) + ", K=" + std::to_string(c.k) + ", group " + std::to_string(c.group_size);
+  const std::string name = std::to_string(c.bits) + (c.ternary ? " bits (ternary), N=" : " bits, N=") + std::to_string(w.n) + ", K=" + std::to_string(c.k) + ", group " + std::to_string(c.group_size);
   const int64_t row_bytes = c.k * c.bits / 8, size = int64_t(1) << c.bits;
   std::vector<uint8_t> qweight(w.n * row_bytes);
   std::vector<uint16_t> scales(w.n * w.groups);
@@ -86,6 +123,7 @@ void check_case(const Case& c) {
   for (auto& v : qweight) v = uint8_t(random32());
   for (auto& v : scales) v = c.scale_dtype == kScaleF16 ? f32_to_f16(uniform()) : f32_to_bf16(uniform());
   for (auto& v : books) v = uniform();
+  for (int64_t s = 0; c.ternary && s < w.n_shards; ++s) books[4 * s + 3] = books[4 * s + 2];
 
   const Parallel parallel{2, run_threads};
   // Exactly as large as promised: a sanitizer sees a byte read or written beyond.
@@ -96,11 +134,17 @@ void check_case(const Case& c) {
   std::vector<uint16_t> scales2(scales.size());
   std::vector<float> books2(books.size());
   unpack(w, qweight2.data(), scales2.data(), books2.data(), parallel);
+  if (c.ternary) {
+    for (auto& v : qweight) v &= uint8_t(~(v >> 1 & 0x55));  // code 3 is stored as 2
+  }
   expect(qweight == qweight2 && scales == scales2 && books == books2, "pack and unpack, " + name);
 
-  std::vector<float> weight(w.n * c.k);
+  std::vector<float> weight(w.n * c.k), largest(w.n * w.groups);
   for (int64_t n = 0, shard = 0, left = c.shards[0]; n < w.n; ++n, --left) {
     if (left == 0) left = c.shards[++shard];
+    float top = 0;
+    for (int64_t i = 0; i < size; ++i) top = std::max(top, std::fabs(books[shard * size + i]));
+    for (int64_t g = 0; g < w.groups; ++g) largest[n * w.groups + g] = top * std::fabs(scale_to_f32(scales[n * w.groups + g], c.scale_dtype));
     for (int64_t k = 0; k < c.k; ++k) {
       unsigned code = 0;
       for (int b = 0; b < c.bits; ++b) {
@@ -112,7 +156,7 @@ void check_case(const Case& c) {
   }
   for (const Kernel* const* kernel = all_kernels(); *kernel; ++kernel) {
     for (const Dtype dtype : {kF32, kBf16, kF16}) {
-      for (const int64_t m : {1, 2, 3, 5, 8, 13, 33, 70}) check_kernel(**kernel, w, weight, dtype, m, name);
+      for (const int64_t m : {1, 2, 3, 5, 8, 13, 33, 70}) check_kernel(**kernel, w, weight, largest, dtype, m, name);
     }
   }
 }
@@ -151,8 +195,14 @@ int main() {
                                              {bits, 96, 48, {5, 16, 20}, scale_dtype},
                                              {bits, 320, 32, {33}, scale_dtype},
                                              {bits, 576, 64, {40}, scale_dtype},
-                                             {bits, 264, 88, {19}, scale_dtype}}) {
+                                             {bits, 264, 88, {19}, scale_dtype},
+                                             {bits, 264, 264, {1030}, scale_dtype}}) {
         check_case(c);
+        if (bits == 2) {
+          Case ternary = c;
+          ternary.ternary = true;
+          check_case(ternary);
+        }
       }
     }
   }

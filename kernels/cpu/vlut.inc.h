@@ -1,0 +1,270 @@
+// C2, the vector-LUT kernel (arXiv 2512.06443), for any codebook and group scale.
+//
+// For kPlan::kWeights inputs at a time, a table holds the sum that every combination of their codes gives, for a tile of
+// tokens at once: a row of the table is one 16-bit value a token. A weight row then costs one table row added for each
+// combination, whatever its bits and its codebook:
+//
+//   tables     of one chunk of 32 inputs are alive at a time and are used for a block of weight rows (kBlockRows), which
+//              is what keeps them in the first two levels of cache;
+//   inputs     are transposed to [K][tokens] once a call, divided by the unit below;
+//   sums       are 16-bit within a block of inputs (a group, or 256 of a longer one), then fp32, times unit and scale.
+//
+// The unit of a token's block is what makes 16 bits enough. With S = sum |x_k| over the block and C the largest
+// magnitude of the codebook, unit = S * C / (32766 - B / 2) for a block of B inputs. A table value is a sum of products
+// rounded one by one, |round(x_k c / unit)| <= |x_k| C / unit + 1/2, so no partial sum over the block exceeds
+// 32766 - B / 2 + B / 2 = 32766: nothing can wrap. The error of a block is at most B / 2 units times the scale.
+//
+// Included inside a translation unit's own namespace, after decode.inc.h and a file with Lanes of tokens.
+
+constexpr int64_t kBlockInputs = 256;   // longest block of 16-bit sums
+constexpr int64_t kBlockRows = 2048;    // weight rows that share tables: sums of 2048 rows by 32 tokens are 384 KB
+
+// `COUNT` bits of each lane from bit AT on, times 2^SHIFT.
+template <int AT, int COUNT, int SHIFT>
+INLINE I16 field(I16 v) {
+  constexpr uint32_t mask = ((1u << COUNT) - 1) << SHIFT;
+  if constexpr (AT >= SHIFT) return and_mask(shift_right<AT - SHIFT>(v), mask);
+  else return and_mask(shift_left<SHIFT - AT>(v), mask);
+}
+
+// How codes become indices of tables. kLookups table rows are added for each chunk and weight row; input(p, j) is the
+// j-th input (0..31) of lookup p.
+template <int BITS, bool TERNARY, int WEIGHTS>
+struct Plan {
+  static constexpr int kBits = BITS, kWeights = WEIGHTS, kCodes = TERNARY ? 3 : 1 << BITS, kLookups = kChunk / WEIGHTS;
+  static constexpr int kEntries = WEIGHTS == 1 ? kCodes : WEIGHTS == 2 ? kCodes * kCodes : kCodes * kCodes * kCodes * kCodes;
+
+  static constexpr int input(int p, int j) {
+    if (BITS != 3) return p * WEIGHTS + j;
+    // A half of a word has five codes: two pairs, and one that pairs with the other half's; then codes 30 and 31.
+    if (p < 12) return p / 2 * 5 + p % 2 * 2 + j;
+    return p < 15 ? (p - 12) * 10 + 4 + 5 * j : 30 + j;
+  }
+
+  // Makes the bits of ternary words indices: base 3 within a nibble, and then within a byte.
+  INLINE static Words<BITS> prepare(Words<BITS> w) {
+    if constexpr (TERNARY) {
+      unroll<2>(FLUTE_UNROLLED(j) {
+        I16& v = w.word[j.value];
+        const I16 odd = and_mask(shift_right<2>(v), 0x33333333);
+        v = add_words(add_words(and_mask(v, 0x33333333), odd), shift_left<1>(odd));
+        if constexpr (WEIGHTS == 4) {
+          const I16 high = and_mask(shift_right<4>(v), 0x0f0f0f0f);
+          v = add_words(add_words(and_mask(v, 0x0f0f0f0f), high), shift_left<3>(high));
+        }
+      });
+    }
+    return w;
+  }
+
+  // Index of lookup P for 16 weight rows, times 2^SHIFT.
+  template <int P, int SHIFT>
+  INLINE static I16 index(const Words<BITS>& w) {
+    if constexpr (BITS == 3 && P < 12) return field<P / 2 % 2 * 16 + P % 2 * 6, 6, SHIFT>(w.word[P / 4]);
+    else if constexpr (BITS == 3 && P < 15) return or_words(field<12, 3, SHIFT>(w.word[P - 12]), field<28, 3, SHIFT + 3>(w.word[P - 12]));
+    else if constexpr (BITS == 3) return or_words(field<0, 3, SHIFT>(w.word[3]), field<16, 3, SHIFT + 3>(w.word[3]));
+    else {
+      constexpr int bits = BITS * WEIGHTS, per_word = 32 / bits;
+      return field<P % per_word * bits, bits, SHIFT>(w.word[P / per_word]);
+    }
+  }
+};
+
+// Where 16-bit sums end: groups of up to kBlockInputs are blocks, longer ones are cut.
+struct Blocks {
+  int64_t group_chunks, per_group, inputs, count;
+  explicit Blocks(const Weights& w) {
+    group_chunks = w.groups == 1 ? w.chunks : w.group_size / kChunk;
+    per_group = divide_up(group_chunks * kChunk, kBlockInputs);
+    inputs = per_group > 1 ? kBlockInputs : group_chunks * kChunk;
+    count = per_group * w.groups;
+  }
+  float limit() const { return float(32766 - inputs / 2); }
+  int64_t block(int64_t chunk) const { return chunk / group_chunks * per_group + chunk % group_chunks * kChunk / kBlockInputs; }
+  bool begins(int64_t chunk) const { return chunk % group_chunks * kChunk % kBlockInputs == 0; }
+  bool ends(int64_t chunk) const { return begins(chunk + 1); }
+};
+
+// Inputs of `count` tokens from row m0 on, for Lanes of tokens: x[chunk * 32][tokens] divided by the units without the
+// codebook's magnitude, units[block][tokens]. Tokens beyond `count` are zero.
+template <class Lanes>
+void vlut_inputs(const Call& call, const Blocks& blocks, int64_t m0, int64_t count, int64_t block, float* x, float* units) {
+  constexpr int T = Lanes::kTokens;
+  const int64_t first = block / blocks.per_group * blocks.group_chunks + block % blocks.per_group * (kBlockInputs / kChunk);
+  const int64_t rest = blocks.group_chunks - block % blocks.per_group * (kBlockInputs / kChunk);
+  const int64_t chunks = rest < blocks.inputs / kChunk ? rest : blocks.inputs / kChunk;
+  float rows[T][kBlockInputs], inverse[T];
+  for (int t = 0; t < T; ++t) {
+    F16 sum = zero();
+    for (int64_t i = 0; i < chunks * kChunk; i += 16) {
+      const int64_t k = first * kChunk + i, left = call.w.k - k;
+      const F16 v = t < count && left > 0 ? load_lanes(call.x, (m0 + t) * call.w.k + k, left < 16 ? int(left) : 16, call.dtype) : zero();
+      sum = add(sum, absolute(v));
+      store(&rows[t][i], v);
+    }
+    float lanes[16], total = 0;
+    store(lanes, sum);
+    for (int i = 0; i < 16; ++i) total += lanes[i];
+    units[block * T + t] = total / blocks.limit();
+    // What is too small to divide by counts as zero; NaN and infinity reach the result through the unit.
+    inverse[t] = total > 0x1p-100f ? blocks.limit() / total : 0;
+  }
+  for (int64_t i = 0; i < chunks * kChunk; ++i) {
+    for (int t = 0; t < T; ++t) x[(first * kChunk + i) * T + t] = rows[t][i] * inverse[t];
+  }
+}
+
+// The tables of one chunk: kLookups of kEntries rows, from 32 inputs of all tokens and the codebook over its magnitude.
+template <class P, class Lanes>
+void vlut_tables(const float* x, const float* book, int16_t* tables) {
+  constexpr int T = Lanes::kTokens, C = P::kCodes, W = P::kWeights;
+  using Reg = typename Lanes::Reg;
+  unroll<P::kLookups>(FLUTE_UNROLLED(p) {
+    int16_t* to = tables + p.value * P::kEntries * T;
+    Reg product[W][C];
+    unroll<W>(FLUTE_UNROLLED(j) {
+      unroll<C>(FLUTE_UNROLLED(c) { product[j.value][c.value] = Lanes::products(x + P::input(p.value, j.value) * T, book[c.value]); });
+    });
+    if constexpr (W == 1) {
+      for (int c = 0; c < C; ++c) Lanes::store(to + c * T, product[0][c]);
+    } else {
+      for (int high = 0; high < P::kEntries / (C * C); ++high) {
+        for (int b = 0; b < C; ++b) {
+          Reg rest = product[1][b];
+          if constexpr (W == 4) rest = Lanes::add(rest, Lanes::add(product[2][high % C], product[3][high / C]));
+          for (int a = 0; a < C; ++a, to += T) Lanes::store(to, Lanes::add(product[0][a], rest));
+        }
+      }
+    }
+  });
+}
+
+// Adds one chunk of one tile of 16 weight rows: sums16[16][T] within a block, then sums[16][T].
+template <class P, class Lanes>
+void vlut_tile(const uint32_t* codes, const int16_t* tables, const float* unit, const float* scales, bool begins, bool ends, bool clear,
+               int16_t* sums16, float* sums) {
+  constexpr int T = Lanes::kTokens, kShift = T == 32 ? 6 : T == 16 ? 5 : 4;
+  static_assert(T * sizeof(int16_t) == 1 << kShift, "an index is shifted to an offset in bytes");
+  alignas(64) uint32_t offsets[P::kLookups][kTileRows];
+  const Words<P::kBits> words = P::prepare(load_chunk<P::kBits>(codes));
+  unroll<P::kLookups>(FLUTE_UNROLLED(p) { store_words(offsets[p.value], P::template index<p.value, kShift>(words)); });
+  for (int r = 0; r < kTileRows; ++r) {
+    typename Lanes::Reg sum = begins ? Lanes::zero() : Lanes::load(sums16 + r * T);
+    unroll<P::kLookups>(FLUTE_UNROLLED(p) {
+      const char* table = reinterpret_cast<const char*>(tables + p.value * P::kEntries * T);
+      sum = Lanes::add(sum, Lanes::load(reinterpret_cast<const int16_t*>(table + offsets[p.value][r])));
+    });
+    if (ends) Lanes::flush(sum, unit, scales[r], sums + r * T, clear);
+    else Lanes::store(sums16 + r * T, sum);
+  }
+}
+
+// Weight rows of tiles [begin, end), which share a codebook, for one tile of tokens. work: sums and tables.
+template <class P, class Lanes>
+void vlut_rows(const Call& call, const Blocks& blocks, int64_t begin, int64_t end, const float* x, const float* units, int64_t m0, int64_t count, float* work) {
+  constexpr int T = Lanes::kTokens;
+  const Weights& w = call.w;
+  float* sums = work;
+  int16_t* sums16 = reinterpret_cast<int16_t*>(sums + (end - begin) * kTileRows * T);
+  int16_t* tables = sums16 + (end - begin) * kTileRows * T;
+  const float* codebook = tile_rows(w, begin).book;
+  float magnitude = 0, book[16];
+  for (int c = 0; c < P::kCodes; ++c) magnitude = __builtin_fabsf(codebook[c]) > magnitude ? __builtin_fabsf(codebook[c]) : magnitude;
+  for (int c = 0; c < P::kCodes; ++c) book[c] = magnitude > 0 ? codebook[c] / magnitude : 0;
+  for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+    vlut_tables<P, Lanes>(x + chunk * kChunk * T, book, tables);
+    const bool begins = blocks.begins(chunk), ends = blocks.ends(chunk) || chunk + 1 == w.chunks;
+    const int64_t group = chunk / blocks.group_chunks, block = blocks.block(chunk);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const uint32_t* codes = reinterpret_cast<const uint32_t*>(tile_data(w, tile)) + chunk * w.bits * kTileRows;
+      // The next chunk of this tile is wanted after all the other tiles.
+      for (int j = 0; j < P::kBits; ++j) __builtin_prefetch(codes + (P::kBits + j) * kTileRows, 0, 2);
+      alignas(64) float scales[kTileRows];
+      if (ends) {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(tile_data(w, tile) + w.scale_offset) + group * kTileRows;
+        store(scales, mul(load_scales(from, w.scale_dtype), set1(magnitude)));
+      }
+      const int64_t row = (tile - begin) * kTileRows;
+      vlut_tile<P, Lanes>(codes, tables, units + block * T, scales, begins, ends, block == 0, sums16 + row * T, sums + row * T);
+    }
+  }
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const TileRows rows = tile_rows(w, tile);
+    const F16 bias = call.bias ? load_lanes(call.bias, rows.first, rows.count, call.dtype) : zero();
+    const float* from = sums + (tile - begin) * kTileRows * T;
+    for (int64_t t = 0; t < count; ++t) {
+      alignas(64) float y[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) y[r] = from[r * T + t];
+      store_lanes(call.y, (m0 + t) * w.n + rows.first, rows.count, call.dtype, add(load(y), bias));
+    }
+  }
+}
+
+template <class P, class Lanes>
+constexpr size_t vlut_table_bytes() {
+  return size_t(P::kLookups) * P::kEntries * Lanes::kTokens * sizeof(int16_t);
+}
+
+// Tables of more weights a lookup cost more to make and less to use: which pays is a matter of rows.
+template <class Lanes, class Few, class Many>
+void vlut_choose(const Call& call, const Blocks& blocks, int64_t begin, int64_t end, const float* x, const float* units, int64_t m0, int64_t count) {
+  const bool many = (end - begin) * kTileRows >= 4 * Many::kEntries;
+  const size_t sums = size_t(end - begin) * kTileRows * Lanes::kTokens * (sizeof(float) + sizeof(int16_t));
+  float* work = static_cast<float*>(scratch(kWorker, sums + (many ? vlut_table_bytes<Many, Lanes>() : vlut_table_bytes<Few, Lanes>())));
+  const auto rows = many ? vlut_rows<Many, Lanes> : vlut_rows<Few, Lanes>;
+  rows(call, blocks, begin, end, x, units, m0, count, work);
+}
+
+// Tokens [m0, m0 + tokens) in tiles of Lanes::kTokens.
+template <class Lanes>
+void vlut_tokens(const Call& call, int64_t m0, int64_t tokens) {
+  constexpr int T = Lanes::kTokens;
+  const Weights& w = call.w;
+  const Blocks blocks(w);
+  const int64_t tiles = divide_up(tokens, T), inputs = w.chunks * kChunk * T, per_tile = inputs + blocks.count * T;
+  float* prepared = static_cast<float*>(scratch(kInput, size_t(tiles * per_tile) * sizeof(float)));
+  for_each(call.parallel, tiles * blocks.count, divide_up(tokens * w.k, 1 << 14), [&](int64_t i) {
+    const int64_t tile = i / blocks.count, at = m0 + tile * T, count = m0 + tokens - at < T ? m0 + tokens - at : T;
+    float* x = prepared + tile * per_tile;
+    vlut_inputs<Lanes>(call, blocks, at, count, i % blocks.count, x, x + inputs);
+  });
+  const int64_t cut = divide_up(w.tiles, kBlockRows / kTileRows), wanted = divide_up(call.parallel.threads, tiles);
+  const int64_t parts = cut > wanted ? cut : wanted, part = divide_up(w.tiles, parts);
+  for_each(call.parallel, divide_up(w.tiles, part) * tiles, call.parallel.threads, [&](int64_t i) {
+    const int64_t tile = i % tiles, at = m0 + tile * T, count = m0 + tokens - at < T ? m0 + tokens - at : T;
+    const float* x = prepared + tile * per_tile;
+    const int64_t last = (i / tiles + 1) * part < w.tiles ? (i / tiles + 1) * part : w.tiles;
+    for (int64_t begin = i / tiles * part, end; begin < last; begin = end) {
+      const float* book = tile_rows(w, begin).book;
+      for (end = begin + 1; end < last && memcmp(tile_rows(w, end).book, book, kBookBytes) == 0;) ++end;
+      const auto run = w.ternary     ? vlut_choose<Lanes, Plan<2, true, 2>, Plan<2, true, 4>>
+                       : w.bits == 2 ? vlut_choose<Lanes, Plan<2, false, 2>, Plan<2, false, 4>>
+                       : w.bits == 3 ? vlut_choose<Lanes, Plan<3, false, 2>, Plan<3, false, 2>>
+                                     : vlut_choose<Lanes, Plan<4, false, 1>, Plan<4, false, 2>>;
+      run(call, blocks, begin, end, x, x + inputs, at, count);
+    }
+  });
+}
+
+// Tokens whose inputs are prepared at a time: up to 512, fewer where they would pass 16 MB.
+int64_t vlut_limit(const Weights& w) {
+  const int64_t fit = (int64_t(16) << 20) / (w.chunks * kChunk * int64_t(sizeof(float))) / kMaxLanes * kMaxLanes;
+  return fit > 512 ? 512 : fit < kMaxLanes ? kMaxLanes : fit;
+}
+
+int64_t vlut_passes(const Weights& w, int64_t m) { return divide_up(m, kMaxLanes) * (w.n > 0); }
+
+void vlut_run(const Call& call) {
+  const int64_t limit = vlut_limit(call.w);
+  for (int64_t m0 = 0; m0 < call.m; m0 += limit) {
+    const int64_t tokens = call.m - m0 < limit ? call.m - m0 : limit, rest = tokens % kMaxLanes, whole = rest * 2 > kMaxLanes ? tokens : tokens - rest;
+    if (whole) vlut_tokens<LanesMax>(call, m0, whole);
+    if (whole == tokens) continue;
+    if (kMaxLanes > 16 && rest > 8) vlut_tokens<Lanes16>(call, m0 + whole, rest);
+    else vlut_tokens<Lanes8>(call, m0 + whole, rest);
+  }
+}
+
+const char* vlut_refuses(const Weights& w, Dtype) {
+  return groups_of_chunks(w) ? nullptr : "group sizes that are not a multiple of 32";
+}
