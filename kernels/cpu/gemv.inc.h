@@ -38,7 +38,7 @@ void gemv_tile(const Weights& w, const uint8_t* tile, const float* codebook, con
   };
   const uint32_t* codes = reinterpret_cast<const uint32_t*>(tile);
   for (int64_t chunk = 0; chunk < w.chunks; ++chunk, codes += BITS * kTileRows, x += kChunk) {
-    unroll<BITS>(FLUTE_UNROLLED(j) { _mm_prefetch((const char*)(codes + j.value * kTileRows) + kPrefetch, _MM_HINT_T0); });
+    unroll<BITS>(FLUTE_UNROLLED(j) { __builtin_prefetch((const char*)(codes + j.value * kTileRows) + kPrefetch); });
     const Words<BITS> words = load_chunk<BITS>(codes);
     unroll<4>(FLUTE_UNROLLED(octet) {
       unroll<kSteps>(FLUTE_UNROLLED(i) {

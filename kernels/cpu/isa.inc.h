@@ -2,7 +2,11 @@
 // external linkage could be kept in a copy that only some CPUs can run (tests/no_shared_symbols.cmake checks).
 #pragma once
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <utility>
 

@@ -39,6 +39,8 @@ struct Registry {
         if (__builtin_cpu_supports("avx512vnni")) cpu = __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512Vnni;
       }
     }
+#elif defined(__aarch64__)
+    cpu = kNeon;  // part of the architecture
 #endif
     used = cpu;
     if (const char* value = std::getenv("VLLM_FLUTE_ISA"); value && *value) {
@@ -51,7 +53,7 @@ struct Registry {
       for (int i = 0; i <= cpu; ++i) {
         if (of_this_architecture(i)) names += std::string(i ? ", " : "") + kIsaNames[i];
       }
-      if (used == kIsas) error = "is not an instruction set";
+      if (used == kIsas) error = "is not an instruction set of this kind of CPU";
       else if (used > cpu) error = "is not what this CPU has";
       if (!error.empty()) error = "VLLM_FLUTE_ISA=" + printable(forced) + " " + error + " (available: " + names + ")";
     }
@@ -123,13 +125,14 @@ int64_t table_lines = 0;
 
 // The analytic default: the first of its list that runs here, takes the call, and is meant for so many tokens. The
 // limits are crossings measured with benchmarks/cpu_linear.py: below them reading weights is what costs, and gemv
-// reads them best; from there on a decoded block pays.
+// reads them best; from there on a decoded block pays. NEON's is reckoned from its instructions, not measured.
 constexpr struct {
   const char* name;
   int64_t below;  // tokens
 } kPreference[] = {
     {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
-    {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"reference", INT64_MAX},
+    {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"gemv-neon", 9},     {"tile-neon", INT64_MAX},
+    {"reference", INT64_MAX},
 };
 
 }  // namespace
@@ -140,6 +143,8 @@ const Kernel* const* all_kernels() {
     for (const Kernel* list : {
 #ifdef FLUTE_X86
              kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
+#elif defined(__aarch64__)
+             kNeonKernels,
 #endif
              kReferenceKernels}) {
       for (; list->name; ++list) all.push_back(list);
