@@ -25,6 +25,9 @@ constexpr bool of_this_architecture(int isa) {
 struct Registry {
   Isa cpu = kScalar;  // what the CPU and its operating system have
   Isa used = kScalar;
+  // VLLM_FLUTE_ACTIVATIONS: whether calls that name no kernel may round their inputs to 8 bits, and whether some kernel
+  // does so here. Lines of the measured table for other kernels do not count then.
+  bool int8 = false, int8_first = false;
   std::string forced, error, description;
 
   Registry() {
@@ -57,6 +60,13 @@ struct Registry {
       else if (used > cpu) error = "is not what this CPU has";
       if (!error.empty()) error = "VLLM_FLUTE_ISA=" + printable(forced) + " " + error + " (available: " + names + ")";
     }
+    if (const char* value = std::getenv("VLLM_FLUTE_ACTIVATIONS"); value && *value) {
+      int8 = std::string(value) == "int8";
+      if (!int8 && std::string(value) != "16" && error.empty()) {
+        error = "VLLM_FLUTE_ACTIVATIONS=" + printable(value) + " is not a type of activations (available: 16, int8)";
+      }
+    }
+    for (const Kernel* const* k = all_kernels(); *k; ++k) int8_first |= int8 && (*k)->arithmetic == kInt8 && lacks(**k).empty();
     description = describe();
   }
 
@@ -73,6 +83,11 @@ struct Registry {
     if (kernel.isa > cpu) return std::string("this CPU has no ") + kIsaNames[kernel.isa];
     if (kernel.isa > used) return "VLLM_FLUTE_ISA=" + forced + " excludes it";
     return "";
+  }
+
+  // Whether the dispatcher may choose it of its own accord.
+  bool may_take(const Kernel& kernel, const Weights& w, Dtype dtype) const {
+    return lacks(kernel).empty() && (int8 || kernel.arithmetic != kInt8) && !kernel.refuses(w, dtype);
   }
 
   std::string available() const {
@@ -100,7 +115,8 @@ struct Registry {
   std::string describe() const {
     const auto quoted = [](const std::string& s) { return "\"" + s + "\""; };
     std::string json = "{\"abi\":" + std::to_string(kAbi) + ",\"isa\":" + quoted(error.empty() ? kIsaNames[used] : "none") +
-                       ",\"forced\":" + quoted(printable(forced)) + ",\"error\":" + quoted(error) + ",\"kernels\":[";
+                       ",\"forced\":" + quoted(printable(forced)) + ",\"activations\":" + quoted(int8 ? "int8" : "16") +
+                       ",\"error\":" + quoted(error) + ",\"kernels\":[";
     for (const Kernel* const* all = all_kernels(); *all; ++all) {
       const Kernel& k = **all;
       const std::string why = lacks(k);
@@ -130,6 +146,7 @@ constexpr struct {
   const char* name;
   int64_t below;  // tokens
 } kPreference[] = {
+    {"dot8-avx512vnni", INT64_MAX},  // only where VLLM_FLUTE_ACTIVATIONS asks for it
     {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
     {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"gemv-neon", 9},     {"tile-neon", INT64_MAX},
     {"reference", INT64_MAX},
@@ -142,7 +159,7 @@ const Kernel* const* all_kernels() {
     std::vector<const Kernel*> all;
     for (const Kernel* list : {
 #ifdef FLUTE_X86
-             kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels,
+             kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels,
 #elif defined(__aarch64__)
              kNeonKernels,
 #endif
@@ -164,11 +181,12 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
     for (const TableLine* line = table; line != table + table_lines; ++line) {
       if (line->bits != bits || line->dtype != dtype || m > line->max_tokens || w.n * w.k > line->max_weights) continue;
       const Kernel* measured = r.find(line->slot);
-      if (measured && r.lacks(*measured).empty() && !measured->refuses(w, dtype)) return *measured;
+      if (!measured || (r.int8_first && measured->arithmetic != kInt8)) continue;
+      if (r.may_take(*measured, w, dtype)) return *measured;
     }
     for (const auto& preferred : kPreference) {
       kernel = r.find(preferred.name);
-      if (kernel && m < preferred.below && r.lacks(*kernel).empty() && !kernel->refuses(w, dtype)) break;
+      if (kernel && m < preferred.below && r.may_take(*kernel, w, dtype)) break;
     }
   }
   std::string why = !kernel ? "there is no such kernel" : r.lacks(*kernel);

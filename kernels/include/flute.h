@@ -217,8 +217,9 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 
 #define FLUTE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A JSON object: abi, isa (the highest in use), forced (VLLM_FLUTE_ISA), error (why it is refused), kernels with their
-// isa, arithmetic, slot, whether they are available, and why not.
+// A JSON object: abi, isa (the highest in use), forced (VLLM_FLUTE_ISA), activations (16, or int8 where
+// VLLM_FLUTE_ACTIVATIONS lets the dispatcher choose kernels of that arithmetic), error (why a value of these is refused),
+// kernels with their isa, arithmetic, slot, whether they are available, and why not.
 FLUTE_EXPORT const char* flute_cpu_describe();
 // From now on count in this page, which must outlive the library; until then a private one is used.
 FLUTE_EXPORT void flute_cpu_set_counters(void* page);
