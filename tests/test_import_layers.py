@@ -16,7 +16,7 @@ LAYERS = (
     {"ops", "counters", "backends", "dispatch"},
     {"quantization", "checkpoint"},
     {"vllm_plugin"},
-    {"serve", "cli"},
+    {"serve", "kernel_bench", "cli"},
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 FOLDERS = {"kernels", "vllm_flute", "deploy", "load_tests", "tests", "docs"}

@@ -1,22 +1,38 @@
 """The native CPU backend: kernels/ built to one shared library, chosen by ISA at run time.
 
 The library registers the operators for the CPU itself (torch's stable ABI) and exports a small C interface for
-what is not an operator: its list of kernels, its choice, the page of counters.
+what is not an operator: its list of kernels, its choice, the table it chooses by, the page of counters.
 """
 
 import ctypes
 import functools
 import json
+import logging
 from pathlib import Path
 
 import torch
 
 from .. import counters
+from ..errors import FluteError
 from ..layout import TERNARY16, TILE16
-from . import Kernel
+from . import Kernel, table
+
+logger = logging.getLogger(__name__)
 
 _PATH = Path(__file__).resolve().parent.parent / "libvllm_flute_cpu.so"
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_LIMIT = 2**63 - 1
+
+
+class _TableLine(ctypes.Structure):
+    """flute.h's TableLine."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("bits", "dtype", "max_tokens", "max_weights", "slot")]
+
+
+_threads = None  # that the table in use was looked up for
+_table_path: Path | None = None
+_lines: list[table.Line] = []
+_buffers = []  # every table that the library was given: a kernel may be choosing in another thread
 
 
 @functools.cache
@@ -39,7 +55,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 def load() -> str:
     """Load the library and register its operators; returns why not, or an empty string."""
-    return _load()[1]
+    why = _load()[1]
+    if not why:
+        _follow_threads()
+    return why
 
 
 def describe() -> dict:
@@ -53,11 +72,73 @@ def kernels() -> list[Kernel]:
 
 
 def layout(codebooks: torch.Tensor) -> int:
-    """The layout to pack weights of these codebooks (fp32 ``[S, 2**bits]``) in: ternary ones have kernels of their own."""
+    """The layout to pack weights of these codebooks (fp32 ``[S, 2**bits]``) in: ternary ones have their own kernels."""
+    _follow_threads()  # a vLLM worker sets its number of threads after the library is loaded, and before it packs
     ternary = codebooks.shape[1] == 4 and torch.equal(codebooks[:, 2], codebooks[:, 3])
     return TERNARY16 if ternary else TILE16
 
 
 def choose(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:
     """The name of the kernel that the dispatcher takes for M tokens of this dtype."""
-    return _load()[0].flute_cpu_choose(header.data_ptr(), m, _DTYPE_CODE[dtype]).decode()
+    code = table.DTYPES[str(dtype).removeprefix("torch.")]
+    return _load()[0].flute_cpu_choose(header.data_ptr(), m, code).decode()
+
+
+# ---- the measured table ----
+
+
+def machine() -> dict:
+    """What a table that is measured now is valid for."""
+    found = describe()
+    return table.machine(found["isa"], torch.get_num_threads(), (kernel["name"] for kernel in found["kernels"]))
+
+
+def table_path() -> Path | None:
+    """The file of the table in use; None: the analytic default decides alone."""
+    return _table_path
+
+
+def set_table(lines: list[table.Line]) -> None:
+    """Choose by these lines first, and by the analytic default where none decides; without lines, by that alone."""
+    global _lines
+    slots = {kernel.name: kernel.slot for kernel in kernels()}
+    rows = []
+    for line in lines:
+        limits = (line.max_tokens or _NO_LIMIT, line.max_weights or _NO_LIMIT)
+        rows.append((table.KINDS[line.kind], table.DTYPES[line.dtype], *limits, slots[line.kernel]))
+    buffer = (_TableLine * len(rows))(*rows)
+    _buffers.append(buffer)
+    _load()[0].flute_cpu_set_table(ctypes.addressof(buffer) if rows else None, len(rows))
+    _lines = lines
+
+
+def default_choice(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:
+    """What `choose` would answer without a table; for benchmarks, not beside running kernels."""
+    lines = _lines
+    set_table([])
+    try:
+        return choose(header, m, dtype)
+    finally:
+        set_table(lines)
+
+
+def use_table() -> None:
+    """Look for the table of this machine and torch's number of threads, and choose by it; a bad one is logged once."""
+    global _table_path, _threads
+    _threads = torch.get_num_threads()
+    on, lines = machine(), []
+    _table_path = table.find(on)
+    if _table_path:
+        try:
+            lines = table.read(_table_path, on, [kernel.name for kernel in kernels()])
+        except FluteError as e:
+            _table_path = None
+            logger.warning("the analytic default chooses kernels: %s", e)
+        else:
+            logger.info("kernels are chosen by the measured table %s", _table_path)
+    set_table(lines)
+
+
+def _follow_threads() -> None:
+    if _threads != torch.get_num_threads() and not describe().get("error"):
+        use_table()

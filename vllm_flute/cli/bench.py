@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="Benchmarks: figures are medians, beside a peer in the same run.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `bench serving` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -53,3 +49,164 @@ def serving(
     Console().print(f"tokens/s, median of {rounds} rounds; ratios to {next(iter(result))}; {cores} cores, {dtype}")
     if output:
         output.write_text(json.dumps({"rounds": rounds, "cores": cores, "dtype": dtype, "models": result}, indent=2))
+
+
+# ---- kernels ----
+
+
+def _choices(option: str, text: str, known) -> list[str]:
+    """A comma-separated list of known words, each once."""
+    from ..errors import FluteError
+
+    words = list(dict.fromkeys(text.split(",")))
+    for word in words:
+        if word not in known:
+            raise FluteError(f"{option} {word!r}: expected some of {', '.join(known)}")
+    return words
+
+
+def _tokens(text: str) -> list[int]:
+    from ..errors import FluteError
+
+    for word in text.split(","):
+        if not word.isdecimal() or not int(word):
+            raise FluteError(f"--tokens {word!r}: expected whole numbers above zero, separated by commas")
+    return sorted({int(word) for word in text.split(",")})
+
+
+def _libraries(peers: list[str]) -> dict[str, Path]:
+    from ..errors import FluteError
+
+    found = {}
+    for peer in peers:
+        name, _, path = peer.partition("=")
+        if not name or not path or name in ("torch", "vllm", "flute", "openmp"):
+            raise FluteError(f"--peer {peer!r}: expected NAME=PATH of a libggml_peer.so")
+        found[name] = Path(path)
+    return found
+
+
+def _print(rows, baselines: list[str], notes: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..kernel_bench.run import WRONG
+
+    console = Console(width=None if sys.stdout.isatty() else 150)  # rich takes 80 for a pipe
+    table = Table("shape", "weights", "M", "name", "us", "GOP/s", "GB/s", *(f"x {name}" for name in baselines))
+    for column in (2, *range(4, 7 + len(baselines))):
+        table.columns[column].justify = "right"
+    previous = None
+    for row in rows:
+        if previous and (previous.shape, previous.kind, previous.m) != (row.shape, row.kind, row.m):
+            table.add_section()
+        previous = row
+        label = row.name + (" *" if row.chosen else "") + (" (result is wrong)" if row.error > WRONG else "")
+        figures = [f"{row.us:.0f}" if row.us >= 100 else f"{row.us:.1f}", f"{row.gops:.1f}", f"{row.gbs:.2f}"]
+        figures += [f"{row.ratio[name]:.2f}" if name in row.ratio else "-" for name in baselines]
+        table.add_row(row.shape, row.kind, str(row.m), label, *figures)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def kernels(
+    bits: Annotated[str, typer.Option(help="Kinds of weights: ternary, 2, 3, 4.")] = "ternary,2,3,4",
+    tokens: Annotated[str, typer.Option(help="Tokens in a call (M).")] = "1,4,8,16,32,64,128,512",
+    shapes: Annotated[
+        str, typer.Option(help="NxK, or a model's distinct shapes: llama-3-8b, llama-3.2-1b, smollm2-135m.")
+    ] = "4096x4096",
+    group_size: Annotated[int, typer.Option(help="Weights to a scale.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Activations of our kernels: bf16, fp16, fp32.")] = "bf16",
+    threads: Annotated[int, typer.Option(help="Threads of everybody; 0: as torch finds them.")] = 0,
+    cold: Annotated[
+        bool, typer.Option("--cold/--warm", help="Weights from memory, by rotating over copies; or one copy.")
+    ] = True,
+    copies_mb: Annotated[int, typer.Option(help="MiB of copies for each cold candidate, if memory allows.")] = 1024,
+    kernels: Annotated[str, typer.Option(help="Only these kernels; 'vllm-flute doctor' lists them.")] = None,
+    peers: Annotated[str, typer.Option(help="Only these: torch, vllm, names of --peer; or none.")] = None,
+    peer: Annotated[
+        list[str], typer.Option(help="NAME=PATH of a libggml_peer.so (kernels/benchmarks/ggml_peer/build.py).")
+    ] = (),
+    baseline: Annotated[list[str], typer.Option(help="Show ratios to this row (torch bf16).")] = (),
+    rounds: Annotated[int, typer.Option(help="Rounds of turns for each M, at most.")] = 60,
+    seconds: Annotated[float, typer.Option(help="Time for each M, at most (but three rounds).")] = 4.0,
+    json_out: Annotated[Path, typer.Option("--json", help="Also write everything to this file.")] = None,
+    plot: Annotated[Path, typer.Option(help="Draw the roofline to this PNG.")] = None,
+    write_table: Annotated[
+        bool, typer.Option("--write-table", help="Let the dispatcher of this machine choose by these figures.")
+    ] = False,
+    library: Annotated[Path, typer.Option(help="A build of our library other than the installed one.")] = None,
+) -> None:
+    """One linear layer: every applicable CPU kernel beside its peers, in one process, taking turns; medians.
+
+    Lists are separated by commas. '*' is the dispatcher's choice; GB/s counts packed bytes; 'x torch bf16' is torch's
+    time over the row's.
+    """
+    import torch
+
+    from ..backends import cpu
+    from ..errors import FluteError
+    from ..kernel_bench import roofline, run
+    from ..kernel_bench import shapes as known_shapes
+
+    if rounds < 1 or seconds < 0 or copies_mb < 1 or threads < 0:
+        raise FluteError("--rounds and --copies-mb must be at least 1, --seconds and --threads not negative")
+    libraries = _libraries(peer)
+    settings = run.Settings(
+        shapes=known_shapes.parse(shapes),
+        kinds=_choices("--bits", bits, run.KINDS),
+        tokens=_tokens(tokens),
+        group_size=group_size,
+        dtype=_choices("--dtype", dtype, run.DTYPES)[0],
+        cold=cold,
+        copies_mb=copies_mb,
+        kernels=kernels.split(",") if kernels else None,
+        peers=_choices("--peers", peers, ["none", "torch", "vllm", *libraries]) if peers else None,
+        libraries=libraries,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    if plot:
+        roofline.check()
+    if library:
+        if not library.exists():
+            raise FluteError(f"--library {library} does not exist")
+        cpu._PATH = library.resolve()
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("measuring the machine") as status:
+        benchmark = run.Benchmark(settings, status.update)
+        limits = roofline.roofs()
+        rows = benchmark.run()
+    baselines = list(baseline) or ([run.TORCH] if settings.wants("torch") else [])
+    run.add_ratios(rows, baselines)
+    facts = run.facts(settings, limits)
+    machine, versions = facts["machine"], facts["versions"]
+    state = f"cold ({settings.copies_mb} MiB of copies, less where memory is short)" if cold else "warm (one copy)"
+    notes = [
+        f"{machine['cpu']}, isa {machine['isa']}, {machine['threads']} threads, activations {dtype}, weights {state}; "
+        f"reads {limits['read_gbs']:.1f} GB/s, torch bf16 matmul {limits['bf16_gops']:.0f} GOP/s",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        f"* chosen by {machine['table'] or 'the analytic default'}",
+        *(f"absent: {name}: {why}" for name, why in benchmark.absent.items()),
+    ]
+    _print(rows, baselines, notes)
+    if json_out:
+        result = {
+            "command": ["vllm-flute", *sys.argv[1:]],
+            **facts,
+            "absent": benchmark.absent,
+            "rows": [run.as_dict(row) for row in rows],
+        }
+        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    if plot:
+        title = f"{machine['cpu']}, {machine['threads']} threads, {'cold' if cold else 'warm'} weights"
+        roofline.plot(plot, rows, limits, title)
+    if write_table:
+        print(f"dispatch table: {run.write_table(rows, settings.dtype)}")

@@ -1,6 +1,7 @@
 """`vllm-flute doctor`: what runs on this machine, and why."""
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 # CPU features that some kernel or peer can use.
 _FEATURES = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx_vnni"}
 _FEATURES |= {"avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"}
+_CODEBOOKS = {"ternary": [-1, 0, 1, 1], "2": range(4), "3": range(8), "4": range(16)}  # of each kind of weights
 _TOKENS = (1, 8, 64, 512)  # a stream, some streams, many, a prompt
 
 
@@ -22,6 +24,8 @@ def _version(distribution: str) -> str | None:
 
 def _cpu() -> dict:
     """Model and features from /proc/cpuinfo (x86 calls them flags, Arm Features)."""
+    from ..backends.table import cpu_model
+
     path = Path("/proc/cpuinfo")
     fields = dict(
         (part.strip() for part in line.split(":", 1))
@@ -30,7 +34,7 @@ def _cpu() -> dict:
     )
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
-        "model": fields.get("model name", "unknown"),
+        "model": cpu_model(),
         "features": sorted(flags & _FEATURES),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -41,22 +45,32 @@ def _collect() -> dict:
     import torch
 
     from .. import __version__, dispatch
+    from ..backends import cpu
     from ..layout import Layout
 
-    def choices(device: str) -> dict[str, dict[str, str]]:
-        """Kernel by activation dtype and M, for a layer of 4 bits and group 64."""
-        header = Layout(dispatch.backend(device)[0].layout(torch.arange(16.0)[None]), 4, 64, 4096, torch.bfloat16, (4096,)).header()
-        return {
-            str(dtype).removeprefix("torch."): {str(m): dispatch.choose(header, m, dtype, device) for m in _TOKENS}
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        }
+    def choices(device: str) -> dict[str, dict[str, dict[str, str]]]:
+        """Kernel by kind of weights, activation dtype and M, for a layer of 4096 x 4096 and group 64."""
+        module, found = dispatch.backend(device)[0], {}
+        for kind, codebook in _CODEBOOKS.items():
+            bits = len(codebook).bit_length() - 1
+            layout = module.layout(torch.tensor([codebook], dtype=torch.float32))
+            header = Layout(layout, bits, 64, 4096, torch.bfloat16, (4096,)).header()
+            found[kind] = {
+                str(dtype).removeprefix("torch."): {str(m): dispatch.choose(header, m, dtype, device) for m in _TOKENS}
+                for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            }
+        return found
 
     devices = {}
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         kernels = dispatch.kernels(device)
+        module, why = dispatch.backend(device)
+        path = cpu.table_path() if module is cpu else None
         devices[device] = {
-            "why": dispatch.backend(device)[1],
+            "why": why,
             "isa": dispatch.isa(device),
+            "threads": torch.get_num_threads() if module is cpu else None,
+            "table": str(path) if path else None,
             "kernels": [kernel._asdict() for kernel in kernels],
             "choices": choices(device),
         }
@@ -101,16 +115,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     facts.add_row("CPU features", " ".join(cpu["features"]) or "none of those that kernels use")
     facts.add_row("GPU", found["gpu"] or "none that torch can use")
     facts.add_row("VLLM_FLUTE_ISA", forced or "not set: the best instruction set is used")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe
     console.print(facts)
     for device, state in found["devices"].items():
         console.print(f"{device}: {state['why']}")
-        table = Table("kernel", "isa", "runs here", "why")
+        table = Table("kernel", "isa", "arithmetic", "runs here", "why")
         for kernel in state["kernels"]:
             why = kernel["why"] or ("in use" if kernel["isa"] == state["isa"] else "available")
-            table.add_row(kernel["name"], kernel["isa"], "yes" if kernel["available"] else "no", why)
+            table.add_row(*(kernel[key] for key in ("name", "isa", "arithmetic")), _yes(kernel["available"]), why)
         console.print(table)
-        tokens = Table("activations", *(f"M = {m}" for m in _TOKENS), title="kernel by tokens in a call (4 bits)")
-        for dtype, kernel_by_m in state["choices"].items():
-            tokens.add_row(dtype, *kernel_by_m.values())
+        chooser = state["table"] or "analytic default (vllm-flute bench kernels --write-table measures a table)"
+        at = f" at {state['threads']} threads" if state["threads"] else ""
+        console.print(f"kernels are chosen{at} by: {chooser}", highlight=False, soft_wrap=True)
+        tokens = Table("weights", "activations", *(f"M = {m}" for m in _TOKENS), title="kernel by tokens in a call")
+        for kind, kernel_by_dtype in state["choices"].items():
+            for dtype, kernel_by_m in kernel_by_dtype.items():
+                tokens.add_row(kind if kind == "ternary" else f"{kind} bits", dtype, *kernel_by_m.values())
+            tokens.add_section()
         console.print(tokens)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

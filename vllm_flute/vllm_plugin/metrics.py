@@ -7,7 +7,7 @@ several API servers each publishes under one lock what none has published yet, a
 multiprocess mode adds them up.
 
 =====================================  =======  ==================================================================
-vllm_flute:build_info                  gauge    1; version, operator ABI, torch, isa, device
+vllm_flute:build_info                  gauge    1; version, operator ABI, torch, isa, device, dispatch table
 vllm_flute:layers                      gauge    layers of a group: bits, group size, codebook, layout, its kernels
 vllm_flute:quantized_weight_bytes      gauge    bytes resident in packed weights, all ranks, by layer group
 vllm_flute:kernel_calls_total          counter  operator calls by kernel, isa and bucket of M
@@ -31,6 +31,7 @@ from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from .. import __version__, counters, dispatch
+from ..backends import cpu
 from ..layout import ABI, LAYOUTS, Layout
 
 ENV = "FLUTE_METRICS_DIR"
@@ -63,7 +64,7 @@ class _Worker:
         kernels = dispatch.kernels(device.type)
         self.info = {
             "build": {"version": __version__, "abi": str(ABI), "torch": torch.__version__, "device": device.type}
-            | {"isa": dispatch.isa(device.type)},
+            | {"isa": dispatch.isa(device.type), "table": _table(device)},
             "kernels": {k.slot: {"kernel": k.name, "isa": k.isa} for k in kernels},
             "groups": {},
         }
@@ -88,6 +89,12 @@ class _Worker:
         partial.replace(self.path)
 
 
+def _table(device: torch.device) -> str:
+    """The file name of the measured table that chooses kernels here, or what does without one."""
+    path = cpu.table_path() if dispatch.backend(device.type)[0] is cpu else None
+    return path.name if path else "analytic default"
+
+
 _worker: _Worker | None = None
 
 
@@ -103,7 +110,7 @@ def layer_loaded(prefix: str, codebook: str, packed: torch.Tensor, header: torch
 
 _KERNEL = ("kernel", "isa", "m_bucket")
 _GROUP = ("layer_group", "bits", "group_size", "codebook", "layout", "decode_kernel", "prefill_kernel")
-_BUILD = ("version", "abi", "torch", "isa", "device")
+_BUILD = ("version", "abi", "torch", "isa", "device", "table")
 
 
 class _Publisher:

@@ -1,0 +1,1 @@
+"""Timing one linear layer: the CPU backend's kernels and their peers, in one process, taking turns."""

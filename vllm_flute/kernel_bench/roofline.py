@@ -1,0 +1,89 @@
+"""The machine's roofs, measured in the same run, and the roofline of what was measured under them.
+
+S. Williams, A. Waterman, D. Patterson, "Roofline", CACM 52(4), 2009.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..errors import FluteError
+
+_KIND_NAMES = {"ternary": "ternary", "2": "2 bits", "3": "3 bits", "4": "4 bits"}
+_COLORS = {"ternary": "tab:red", "2": "tab:orange", "3": "tab:green", "4": "tab:blue"}
+_PEERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p", "d")
+
+
+def _fastest(run, seconds: float) -> float:
+    """The least time of a call, from at least three."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def roofs(nbytes: int = 256 << 20, size: int = 2048, seconds: float = 0.5) -> dict[str, float]:
+    """{"read_gbs": GB/s of summing ``nbytes`` of float32, "bf16_gops": GOP/s of torch's bf16 matmul of ``size``^3}."""
+    buffer = torch.ones(nbytes // 4)
+    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    return {
+        "read_gbs": nbytes / _fastest(buffer.sum, seconds) / 1e9,
+        "bf16_gops": 2 * size**3 / _fastest(lambda: torch.nn.functional.linear(a, b), seconds) / 1e9,
+    }
+
+
+def check() -> None:
+    """Raise FluteError, before anything is measured, where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise FluteError(f"--plot needs matplotlib: pip install 'vllm-flute[dev]' ({e})") from e
+
+
+def plot(path: Path, rows: list, limits: dict[str, float], title: str) -> None:
+    """Write a PNG: GOP/s over operations per packed byte; ours filled and by kind, the best peers hollow.
+
+    Ours are the fastest kernel of each shape, kind and M. Raises FluteError where matplotlib is not installed.
+    """
+    check()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    best: dict[tuple, object] = {}
+    for row in rows:
+        key = (row.n, row.k, row.kind, row.m, row.source == "flute" or row.name)
+        if key not in best or row.us < best[key].us:
+            best[key] = row
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in best.values():
+        label = ("flute", row.kind) if row.source == "flute" else ("peer", row.name)
+        points.setdefault(label, []).append((2 * row.m * row.n * row.k / row.nbytes, row.gops))
+    figure, axes = pyplot.subplots(figsize=(9, 5.4), dpi=100)
+    x = [at for values in points.values() for at, _ in values] or [1.0]
+    low, high = min(x) / 2, max(x) * 2
+    peak, read = limits["bf16_gops"], limits["read_gbs"]
+    knee = peak / read
+    axes.plot([low, min(knee, high)], [low * read, min(knee, high) * read], "k-", lw=1.2)
+    axes.plot([], [], "k-", lw=1.2, label=f"memory reads, measured: {read:.1f} GB/s")
+    if high > knee:
+        axes.plot([knee, high], [peak, peak], "k--", lw=1.2)
+    axes.plot([], [], "k--", lw=1.2, label=f"torch's fastest bf16 matmul: {peak:.0f} GOP/s")
+    peers = [label for label in points if label[0] == "peer"]
+    for i, label in enumerate(peers):
+        style = {"facecolors": "none", "edgecolors": f"C{i % 10}", "marker": _PEERS[i % len(_PEERS)]}
+        axes.scatter(*zip(*points[label], strict=True), s=26, linewidths=0.9, label=label[1], **style)
+    for label in (label for label in points if label[0] == "flute"):
+        name = f"vllm-flute, {_KIND_NAMES[label[1]]}"
+        axes.scatter(*zip(*points[label], strict=True), s=42, color=_COLORS[label[1]], label=name, zorder=3)
+    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    axes.set(xlabel="operations per byte of packed weights", ylabel="GOP/s (2 M N K operations)", title=title)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, format="png", bbox_inches="tight")
+    pyplot.close(figure)
