@@ -13,3 +13,11 @@
 #include "flute.h"
 
 #define INLINE inline __attribute__((always_inline))
+
+// Counts of tokens are unrolled, with an instance for each up to `most`. Under sanitizers one compiles for a second or
+// more, and three have every path.
+#ifdef FLUTE_SANITIZE
+#define FLUTE_TOKENS(most) 3
+#else
+#define FLUTE_TOKENS(most) (most)
+#endif

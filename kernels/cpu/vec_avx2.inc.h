@@ -1,8 +1,8 @@
 // Sixteen lanes in AVX2, FMA and F16C, as two registers of eight rows.
 // Included inside a translation unit's own namespace.
 
-constexpr int kMaxTokens = 4;                     // of gemv: 8 of the 16 registers are sums
-constexpr int kTileVectors = 1, kTileTokens = 6;  // of the tile kernels: 12 sums, 2 weights, 1 input in 16 registers
+constexpr int kMaxTokens = FLUTE_TOKENS(4);                     // of gemv: 8 of the 16 registers are sums
+constexpr int kTileVectors = 1, kTileTokens = FLUTE_TOKENS(6);  // of the tile kernels: 12 sums, 2 weights, 1 input in 16 registers
 
 struct F16 {
   __m256 a, b;

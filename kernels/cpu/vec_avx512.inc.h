@@ -1,8 +1,8 @@
 // Sixteen lanes in AVX-512 (F, BW, DQ, VL), one a row of a tile.
 // Included inside a translation unit's own namespace.
 
-constexpr int kMaxTokens = 12;                     // of gemv: 12 sums of a group, 12 totals, tables and codes
-constexpr int kTileVectors = 2, kTileTokens = 12;  // of the tile kernels: 24 sums, 2 weights, 1 input in 32 registers
+constexpr int kMaxTokens = FLUTE_TOKENS(12);                     // of gemv: 12 sums of a group, 12 totals, tables and codes
+constexpr int kTileVectors = 2, kTileTokens = FLUTE_TOKENS(12);  // of the tile kernels: 24 sums, 2 weights, 1 input in 32 registers
 
 using F16 = __m512;
 using I16 = __m512i;

@@ -1,8 +1,8 @@
 // Sixteen lanes in NEON (ARMv8-A's base), as four registers of four rows.
 // Included inside a translation unit's own namespace.
 
-constexpr int kMaxTokens = 4;                     // of gemv: 16 of the 32 registers are sums, 4 the codebook, 4 words
-constexpr int kTileVectors = 1, kTileTokens = 6;  // of the tile kernels: 24 sums, 4 weights, 1 input in 32 registers
+constexpr int kMaxTokens = FLUTE_TOKENS(4);                     // of gemv: 16 of the 32 registers are sums, 4 the codebook, 4 words
+constexpr int kTileVectors = 1, kTileTokens = FLUTE_TOKENS(6);  // of the tile kernels: 24 sums, 4 weights, 1 input in 32 registers
 
 struct F16 {
   float32x4_t a, b, c, d;
