@@ -106,6 +106,7 @@ void check_call(const Weights& w, const std::vector<float>& weight, const std::v
     used[(*kernel)->arithmetic] = true;
     ++compared[(*kernel)->name];
   }
+  if (results.empty()) return;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t n = 0; n < w.n; ++n) {
       const double* in = inputs.data() + i * w.k;
