@@ -419,5 +419,8 @@ def test_doctor(cli):
     code, text, _ = cli("doctor", "--json")
     found = json.loads(text)
     assert code == 0 and found["versions"]["torch"] == torch.__version__
-    assert any(kernel["available"] for kernel in found["devices"]["cpu"]["kernels"])
-    assert cli("doctor")[0] == 0
+    device = found["devices"]["cpu"]
+    assert any(kernel["available"] and kernel["arithmetic"] for kernel in device["kernels"])
+    assert set(device["choices"]) == {"ternary", "2", "3", "4"} and "table" in device
+    code, text, _ = cli("doctor")
+    assert code == 0 and "ternary" in text and (device["table"] or "analytic default") in text.replace("\n", "")

@@ -153,6 +153,11 @@ def kernels(
 
     if rounds < 1 or seconds < 0 or copies_mb < 1 or threads < 0:
         raise FluteError("--rounds and --copies-mb must be at least 1, --seconds and --threads not negative")
+    if write_table and kernels:
+        raise FluteError("--write-table chooses among all kernels: omit --kernels")
+    for path in (json_out, plot):
+        if path and not path.parent.is_dir():
+            raise FluteError(f"{path} cannot be written: {path.parent} is not a folder")
     libraries = _libraries(peer)
     settings = run.Settings(
         shapes=known_shapes.parse(shapes),
@@ -182,9 +187,10 @@ def kernels(
     console = Console(stderr=True)
     with console.status("measuring the machine") as status:
         benchmark = run.Benchmark(settings, status.update)
+        baselines = list(baseline) or ([run.TORCH] if settings.wants("torch") else [])
+        benchmark.check_baselines(baselines)
         limits = roofline.roofs()
         rows = benchmark.run()
-    baselines = list(baseline) or ([run.TORCH] if settings.wants("torch") else [])
     run.add_ratios(rows, baselines)
     facts = run.facts(settings, limits)
     machine, versions = facts["machine"], facts["versions"]

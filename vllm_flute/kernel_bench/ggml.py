@@ -33,11 +33,11 @@ class Library:
             self.native = native = ctypes.CDLL(str(path.resolve()))
             for function in ("describe", "error", "buffer"):
                 getattr(native, f"ggml_peer_{function}").restype = ctypes.c_char_p
-            native.ggml_peer_has.argtypes = [ctypes.c_char_p]
+            native.ggml_peer_size.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+            native.ggml_peer_size.restype = ctypes.c_int64
             native.ggml_peer_open.restype = ctypes.c_void_p
             native.ggml_peer_open.argtypes = [ctypes.c_char_p, _FLOATS, *[ctypes.c_int64] * 3, ctypes.c_int]
-            native.ggml_peer_buffer.argtypes = native.ggml_peer_bytes.argtypes = [ctypes.c_void_p]
-            native.ggml_peer_bytes.restype = ctypes.c_int64
+            native.ggml_peer_buffer.argtypes = [ctypes.c_void_p]
             doubles = ctypes.POINTER(ctypes.c_double)
             native.ggml_peer_turn.argtypes = [
                 ctypes.c_void_p,
@@ -53,9 +53,12 @@ class Library:
         self.description = native.ggml_peer_describe().decode()
 
     def types(self, kind: str) -> list[str]:
-        vec_lut = self.native.ggml_peer_has(VEC_LUT_TYPES["ternary"][0].encode())
-        known = VEC_LUT_TYPES if vec_lut else TYPES
-        return [name for name in known[kind] if self.native.ggml_peer_has(name.encode())]
+        known = VEC_LUT_TYPES if self.size(VEC_LUT_TYPES["ternary"][0], 32, 32) else TYPES
+        return [name for name in known[kind] if self.size(name, 32, 256)]
+
+    def size(self, type_name: str, n: int, k: int) -> int:
+        """Bytes of a weight ``[n, k]`` in a type; 0: this ggml does not have it."""
+        return self.native.ggml_peer_size(type_name.encode(), n, k)
 
 
 class GgmlCandidate:
@@ -67,13 +70,13 @@ class GgmlCandidate:
             raise FluteError(f"{type_name} takes K in multiples of 32")
         self._native, self._n, self._threads = library.native, n, threads
         self._handle = None
-        count = rotation.count(n * k // 4)  # about; at most 4.5 bits a weight
+        self.nbytes = library.size(type_name, n, k)
+        count = rotation.count(self.nbytes)
         self._handle = self._native.ggml_peer_open(type_name.encode(), _floats(weight), n, k, count, threads)
         if not self._handle:
             raise FluteError(self._native.ggml_peer_error().decode())
         self.name, self.source = f"{library.name} {type_name}", library.name
         self.pool = library.name
-        self.nbytes = self._native.ggml_peer_bytes(self._handle)
         self.detail = f"{library.description}; buffer {self._native.ggml_peer_buffer(self._handle).decode()}"
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:

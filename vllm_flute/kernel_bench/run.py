@@ -87,7 +87,8 @@ def kernel_names(asked: list[str] | None) -> list[str]:
             raise FluteError(f"--kernels: unknown kernel {name!r} (known: {', '.join(known)})")
         if not known[name].available:
             raise FluteError(f"--kernels: {name} does not run here: {known[name].why}")
-    return asked or [name for name, kernel in known.items() if kernel.available and name != "reference"]
+    fast = [name for name, kernel in known.items() if kernel.available and name != "reference"]
+    return asked or fast or ["reference"]
 
 
 def measure(takes_turns: list, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -130,6 +131,18 @@ class Benchmark:
         if why := peers.missing():
             self.absent["vLLM"] = why
         return None if why else peers
+
+    def check_baselines(self, baselines: list[str]) -> None:
+        """Raise FluteError for a baseline that is nobody's name."""
+        known = [*self.names, *([TORCH] if self.settings.wants("torch") else [])]
+        for kind in self.settings.kinds:
+            known += self.vllm.MATMULS[kind] if self.vllm else []
+            known += [f"{library.name} {name}" for library in self.libraries for name in library.types(kind)]
+        for baseline in baselines:
+            if baseline not in known:
+                raise FluteError(
+                    f"--baseline {baseline!r} is not measured (measured: {', '.join(dict.fromkeys(known))})"
+                )
 
     def run(self) -> list[Row]:
         for n, k in self.settings.shapes:
@@ -221,15 +234,11 @@ class Benchmark:
 
 
 def add_ratios(rows: list[Row], baselines: list[str]) -> None:
-    """Fill ``ratio`` from the rows of the same shape, kind and M; raises FluteError for a baseline without any row."""
+    """Fill ``ratio`` from the rows of the same shape, kind and M."""
     us = {(row.n, row.k, row.kind, row.m, row.name): row.us for row in rows}
-    names = list(dict.fromkeys(row.name for row in rows))
     for baseline in baselines:
-        if baseline not in names:
-            raise FluteError(f"--baseline {baseline!r} was not measured (measured: {', '.join(names)})")
         for row in rows:
-            base = us.get((row.n, row.k, row.kind, row.m, baseline))
-            if base:
+            if base := us.get((row.n, row.k, row.kind, row.m, baseline)):
                 row.ratio[baseline] = base / row.us
 
 
@@ -249,7 +258,7 @@ def measurements(rows: list[Row], dtype: str) -> list[table.Measurement]:
         found[key] = each
     for key, each in found.items():
         if each.default not in each.seconds:
-            raise FluteError(f"--write-table: the analytic default's kernel was not measured for {key}: omit --kernels")
+            raise FluteError(f"--write-table: the analytic default's kernel was not measured for {key}")
     return list(found.values())
 
 

@@ -104,9 +104,12 @@ EXPORT const char* ggml_peer_describe() { return PEER_DESCRIPTION; }
 
 EXPORT const char* ggml_peer_error() { return error.c_str(); }
 
-EXPORT int ggml_peer_has(const char* type_name) {
+// Bytes of W [n, k] in a type; 0 where this ggml does not have it.
+EXPORT int64_t ggml_peer_size(const char* type_name, int64_t n, int64_t k) {
   ggml_type type;
-  return find_type(type_name, &type);
+  if (!find_type(type_name, &type)) return 0;
+  const int64_t block = ggml_blck_size(type);
+  return n * int64_t(ggml_row_size(type, (k + block - 1) / block * block));
 }
 
 // Quantizes W, float32 [n, k], to `type` ("q4_K", "tq2_0", ...) and keeps `copies` of it. Null and ggml_peer_error on failure.
@@ -140,9 +143,6 @@ EXPORT Peer* ggml_peer_open(const char* type_name, const float* w, int64_t n, in
 
 // The buffer type that ggml preferred.
 EXPORT const char* ggml_peer_buffer(const Peer* peer) { return peer->buffer_name.c_str(); }
-
-// Bytes of one copy of the weights.
-EXPORT int64_t ggml_peer_bytes(const Peer* peer) { return int64_t(ggml_nbytes(peer->copies[0])); }
 
 // A turn: y[m, n] = x[m, k] W^T, float32, once untimed and then `calls` times, each with the next copy; `seconds` [calls].
 EXPORT int ggml_peer_turn(Peer* peer, int64_t m, const float* x, float* y, int calls, double* seconds) {
