@@ -4,6 +4,12 @@
 #include <string>
 #include <vector>
 
+#ifdef FLUTE_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "flute.h"
 
 namespace flute {
@@ -21,6 +27,22 @@ constexpr bool of_this_architecture(int isa) {
   return isa <= kNeon;
 #endif
 }
+
+#ifdef FLUTE_X86
+// Whether the CPU has AMX tiles of bf16 and int8, and the system lets this process use them: it does not save the
+// tiles of one that has not asked (a system that knows none refuses). The tests' build computes them in C++ instead.
+bool may_use_amx() {
+#ifdef FLUTE_EMULATE_AMX
+  return true;
+#else
+  constexpr unsigned kBf16Bit = 1u << 22, kTileBit = 1u << 24, kInt8Bit = 1u << 25, kAll = kBf16Bit | kTileBit | kInt8Bit;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, the state's number
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAll) == kAll &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 struct Registry {
   Isa cpu = kScalar;  // what the CPU and its operating system have
@@ -40,6 +62,7 @@ struct Registry {
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         cpu = kAvx512;
         if (__builtin_cpu_supports("avx512vnni")) cpu = __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512Vnni;
+        if (cpu == kAvx512Bf16 && may_use_amx()) cpu = kAmx;
       }
     }
 #elif defined(__aarch64__)
@@ -146,7 +169,9 @@ constexpr struct {
   const char* name;
   int64_t below;  // tokens
 } kPreference[] = {
-    {"dot8-avx512vnni", INT64_MAX},  // only where VLLM_FLUTE_ACTIVATIONS asks for it
+    // Only where VLLM_FLUTE_ACTIVATIONS asks for int8. No kernel of AMX has been timed: 16 tokens fill its tiles.
+    {"dot8-avx512vnni", 16}, {"tile-amxint8", INT64_MAX},    {"dot8-avx512vnni", INT64_MAX},
+    {"gemv-avx512bf16", 16}, {"tile-amxbf16", INT64_MAX},
     {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
     {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"gemv-neon", 9},     {"tile-neon", INT64_MAX},
     {"reference", INT64_MAX},
@@ -159,7 +184,7 @@ const Kernel* const* all_kernels() {
     std::vector<const Kernel*> all;
     for (const Kernel* list : {
 #ifdef FLUTE_X86
-             kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels,
+             kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels, kAmxKernels,
 #elif defined(__aarch64__)
              kNeonKernels,
 #endif
