@@ -76,9 +76,12 @@ INLINE I16 and_mask(I16 v, uint32_t mask) {
 }
 INLINE I16 or_words(I16 x, I16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 INLINE I16 add_words(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-INLINE void store_words(uint32_t* p, I16 v) {
+// Words of x and y by turns, within each four: of the first two rows, and of the last two.
+INLINE I16 interleave_low(I16 x, I16 y) { return {_mm256_unpacklo_epi32(x.a, y.a), _mm256_unpacklo_epi32(x.b, y.b)}; }
+INLINE I16 interleave_high(I16 x, I16 y) { return {_mm256_unpackhi_epi32(x.a, y.a), _mm256_unpackhi_epi32(x.b, y.b)}; }
+INLINE void store_words(void* p, I16 v) {
   _mm256_storeu_si256((__m256i*)p, v.a);
-  _mm256_storeu_si256((__m256i*)(p + 8), v.b);
+  _mm256_storeu_si256((__m256i*)p + 1, v.b);
 }
 
 template <int BITS>

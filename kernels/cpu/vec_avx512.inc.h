@@ -45,7 +45,10 @@ INLINE I16 merge(uint32_t mask, I16 a, I16 b) { return _mm512_ternarylogic_epi32
 INLINE I16 and_mask(I16 v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(int(mask))); }
 INLINE I16 or_words(I16 a, I16 b) { return _mm512_or_si512(a, b); }
 INLINE I16 add_words(I16 a, I16 b) { return _mm512_add_epi32(a, b); }
-INLINE void store_words(uint32_t* p, I16 v) { _mm512_storeu_si512(p, v); }
+// Words of a and b by turns, within each four: of the first two rows, and of the last two.
+INLINE I16 interleave_low(I16 a, I16 b) { return _mm512_unpacklo_epi32(a, b); }
+INLINE I16 interleave_high(I16 a, I16 b) { return _mm512_unpackhi_epi32(a, b); }
+INLINE void store_words(void* p, I16 v) { _mm512_storeu_si512(p, v); }
 
 template <int BITS>
 struct Book {

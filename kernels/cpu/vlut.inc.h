@@ -19,26 +19,20 @@
 constexpr int64_t kBlockInputs = 256;   // longest block of 16-bit sums
 constexpr int64_t kBlockRows = 2048;    // weight rows that share tables: sums of 2048 rows by 32 tokens are 384 KB
 
-// `COUNT` bits of each lane from bit AT on, times 2^SHIFT.
-template <int AT, int COUNT, int SHIFT>
-INLINE I16 field(I16 v) {
-  constexpr uint32_t mask = ((1u << COUNT) - 1) << SHIFT;
-  if constexpr (AT >= SHIFT) return and_mask(shift_right<AT - SHIFT>(v), mask);
-  else return and_mask(shift_left<SHIFT - AT>(v), mask);
-}
-
-// How codes become indices of tables. kLookups table rows are added for each chunk and weight row; input(p, j) is the
-// j-th input (0..31) of lookup p.
+// How codes become indices of tables. A chunk of a weight row has kPairs pairs of lookups: one in the low and one in the
+// high half of a 32-bit word. input(s, h, j) is the j-th input (0..31) of half h of pair s.
 template <int BITS, bool TERNARY, int WEIGHTS>
 struct Plan {
-  static constexpr int kBits = BITS, kWeights = WEIGHTS, kCodes = TERNARY ? 3 : 1 << BITS, kLookups = kChunk / WEIGHTS;
+  static constexpr int kBits = BITS, kWeights = WEIGHTS, kCodes = TERNARY ? 3 : 1 << BITS, kPairs = kChunk / WEIGHTS / 2;
   static constexpr int kEntries = WEIGHTS == 1 ? kCodes : WEIGHTS == 2 ? kCodes * kCodes : kCodes * kCodes * kCodes * kCodes;
+  static constexpr int kIndexBits = BITS * WEIGHTS, kPerHalf = 16 / kIndexBits;
 
-  static constexpr int input(int p, int j) {
-    if (BITS != 3) return p * WEIGHTS + j;
+  static constexpr int input(int s, int h, int j) {
+    if (BITS != 3) return (s / kPerHalf * 2 * kPerHalf + h * kPerHalf + s % kPerHalf) * WEIGHTS + j;
     // A half of a word has five codes: two pairs, and one that pairs with the other half's; then codes 30 and 31.
-    if (p < 12) return p / 2 * 5 + p % 2 * 2 + j;
-    return p < 15 ? (p - 12) * 10 + 4 + 5 * j : 30 + j;
+    if (s < 6) return s / 2 * 10 + h * 5 + s % 2 * 2 + j;
+    const int word = (s - 6) * 2 + h;
+    return word < 3 ? word * 10 + 4 + 5 * j : 30 + j;
   }
 
   // Makes the bits of ternary words indices: base 3 within a nibble, and then within a byte.
@@ -57,16 +51,33 @@ struct Plan {
     return w;
   }
 
-  // Index of lookup P for 16 weight rows, times 2^SHIFT.
-  template <int P, int SHIFT>
+  // The indices of pair S for 16 weight rows, times 2^SHIFT.
+  template <int S, int SHIFT>
   INLINE static I16 index(const Words<BITS>& w) {
-    if constexpr (BITS == 3 && P < 12) return field<P / 2 % 2 * 16 + P % 2 * 6, 6, SHIFT>(w.word[P / 4]);
-    else if constexpr (BITS == 3 && P < 15) return or_words(field<12, 3, SHIFT>(w.word[P - 12]), field<28, 3, SHIFT + 3>(w.word[P - 12]));
-    else if constexpr (BITS == 3) return or_words(field<0, 3, SHIFT>(w.word[3]), field<16, 3, SHIFT + 3>(w.word[3]));
-    else {
-      constexpr int bits = BITS * WEIGHTS, per_word = 32 / bits;
-      return field<P % per_word * bits, bits, SHIFT>(w.word[P / per_word]);
-    }
+    constexpr int bits = kIndexBits;
+    if constexpr (BITS == 3 && S >= 6) return or_words(last<(S - 6) * 2, SHIFT>(w), shift_left<16>(last<(S - 6) * 2 + 1, SHIFT>(w)));
+    else if constexpr (BITS == 3) return field<S % 2 * 6, bits, SHIFT>(w.word[S / 2]);
+    else return field<S % kPerHalf * bits, bits, SHIFT>(w.word[S / kPerHalf]);
+  }
+
+ private:
+  // `COUNT` bits of each half from bit AT on, times 2^SHIFT.
+  template <int AT, int COUNT, int SHIFT>
+  INLINE static I16 field(I16 v) {
+    constexpr uint32_t mask = ((1u << COUNT) - 1) << SHIFT;
+    if constexpr (AT >= SHIFT) return and_mask(shift_right<AT - SHIFT>(v), mask | mask << 16);
+    else return and_mask(shift_left<SHIFT - AT>(v), mask | mask << 16);
+  }
+  // The odd codes of the two halves of word W; of word 3 codes 30 and 31. Index in the low half, the high half is zero.
+  template <int W, int SHIFT>
+  INLINE static I16 last(const Words<BITS>& w) {
+    constexpr int low = W < 3 ? 12 : 0, high = W < 3 ? 28 : 16;
+    return or_words(and_mask(move<low - SHIFT>(w.word[W]), 7 << SHIFT), and_mask(move<high - SHIFT - 3>(w.word[W]), 56 << SHIFT));
+  }
+  template <int RIGHT>
+  INLINE static I16 move(I16 v) {
+    if constexpr (RIGHT >= 0) return shift_right<RIGHT>(v);
+    else return shift_left<-RIGHT>(v);
   }
 };
 
@@ -82,7 +93,6 @@ struct Blocks {
   float limit() const { return float(32766 - inputs / 2); }
   int64_t block(int64_t chunk) const { return chunk / group_chunks * per_group + chunk % group_chunks * kChunk / kBlockInputs; }
   bool begins(int64_t chunk) const { return chunk % group_chunks * kChunk % kBlockInputs == 0; }
-  bool ends(int64_t chunk) const { return begins(chunk + 1); }
 };
 
 // Inputs of `count` tokens from row m0 on, for Lanes of tokens: x[chunk * 32][tokens] divided by the units without the
@@ -114,16 +124,17 @@ void vlut_inputs(const Call& call, const Blocks& blocks, int64_t m0, int64_t cou
   }
 }
 
-// The tables of one chunk: kLookups of kEntries rows, from 32 inputs of all tokens and the codebook over its magnitude.
+// The tables of one chunk: 2 kPairs of kEntries rows, from 32 inputs of all tokens and the codebook over its magnitude.
 template <class P, class Lanes>
 void vlut_tables(const float* x, const float* book, int16_t* tables) {
   constexpr int T = Lanes::kTokens, C = P::kCodes, W = P::kWeights;
   using Reg = typename Lanes::Reg;
-  unroll<P::kLookups>(FLUTE_UNROLLED(p) {
+  unroll<2 * P::kPairs>(FLUTE_UNROLLED(p) {
     int16_t* to = tables + p.value * P::kEntries * T;
     Reg product[W][C];
     unroll<W>(FLUTE_UNROLLED(j) {
-      unroll<C>(FLUTE_UNROLLED(c) { product[j.value][c.value] = Lanes::products(x + P::input(p.value, j.value) * T, book[c.value]); });
+      const float* input = x + P::input(p.value / 2, p.value % 2, j.value) * T;
+      unroll<C>(FLUTE_UNROLLED(c) { product[j.value][c.value] = Lanes::products(input, book[c.value]); });
     });
     if constexpr (W == 1) {
       for (int c = 0; c < C; ++c) Lanes::store(to + c * T, product[0][c]);
@@ -139,21 +150,56 @@ void vlut_tables(const float* x, const float* book, int16_t* tables) {
   });
 }
 
-// Adds one chunk of one tile of 16 weight rows: sums16[16][T] within a block, then sums[16][T].
+// Bytes of the tables of one chunk, and how many chunks have theirs at once.
 template <class P, class Lanes>
+constexpr int64_t vlut_table_bytes() {
+  return int64_t(2 * P::kPairs * P::kEntries) * Lanes::kTokens * int64_t(sizeof(int16_t));
+}
+template <class P, class Lanes>
+constexpr int64_t vlut_slice() {
+  const int64_t limit = Lanes::kTokens == 32 ? 96 << 10 : 48 << 10;  // measured; wide rows suffer less from the second level
+  int64_t chunks = 1;
+  while (2 * chunks * vlut_table_bytes<P, Lanes>() <= limit && 2 * chunks * kChunk <= kBlockInputs) chunks *= 2;
+  return chunks;
+}
+
+// Adds a slice of CHUNKS chunks of one tile of 16 weight rows: sums16[16][T] within a block, then sums[16][T].
+template <class P, class Lanes, int CHUNKS>
 void vlut_tile(const uint32_t* codes, const int16_t* tables, const float* unit, const float* scales, bool begins, bool ends, bool clear,
                int16_t* sums16, float* sums) {
   constexpr int T = Lanes::kTokens, kShift = T == 32 ? 6 : T == 16 ? 5 : 4;
-  static_assert(T * sizeof(int16_t) == 1 << kShift, "an index is shifted to an offset in bytes");
-  alignas(64) uint32_t offsets[P::kLookups][kTileRows];
-  const Words<P::kBits> words = P::prepare(load_chunk<P::kBits>(codes));
-  unroll<P::kLookups>(FLUTE_UNROLLED(p) { store_words(offsets[p.value], P::template index<p.value, kShift>(words)); });
-  for (int r = 0; r < kTileRows; ++r) {
-    typename Lanes::Reg sum = begins ? Lanes::zero() : Lanes::load(sums16 + r * T);
-    unroll<P::kLookups>(FLUTE_UNROLLED(p) {
-      const char* table = reinterpret_cast<const char*>(tables + p.value * P::kEntries * T);
-      sum = Lanes::add(sum, Lanes::load(reinterpret_cast<const int16_t*>(table + offsets[p.value][r])));
+  static_assert(T * sizeof(int16_t) == 1 << kShift && P::kEntries << kShift <= 1 << 16, "offsets are 16 bits, in bytes");
+  // Loads are what limits the loop below, so four offsets share one: two pairs of a row beside each other. Interleaving
+  // leaves, of every four rows, the first two in one vector and the others in the next.
+  constexpr int kQuads = P::kPairs / 2;
+  alignas(64) uint64_t offsets[CHUNKS][kQuads][2][kTileRows / 2];
+  unroll<CHUNKS>(FLUTE_UNROLLED(i) {
+    const Words<P::kBits> words = P::prepare(load_chunk<P::kBits>(codes + i.value * P::kBits * kTileRows));
+    unroll<kQuads>(FLUTE_UNROLLED(q) {
+      const I16 even = P::template index<2 * q.value, kShift>(words), odd = P::template index<2 * q.value + 1, kShift>(words);
+      store_words(offsets[i.value][q.value][0], interleave_low(even, odd));
+      store_words(offsets[i.value][q.value][1], interleave_high(even, odd));
     });
+  });
+  const char* table = reinterpret_cast<const char*>(tables);
+  for (int r = 0; r < kTileRows; ++r) {
+    typename Lanes::Reg sum = begins ? Lanes::zero() : Lanes::load(sums16 + r * T), other = Lanes::zero();
+    const uint64_t* row = &offsets[0][0][r % 4 / 2][r / 4 * 2 + r % 2];
+    unroll<CHUNKS>(FLUTE_UNROLLED(i) {
+      unroll<kQuads>(FLUTE_UNROLLED(q) {
+        constexpr int quad = i.value * kQuads + q.value;
+        const char* at = table + (quad * 4 * P::kEntries << kShift);
+        const uint64_t four = row[quad * kTileRows];
+        const auto value = [&](int j, uint16_t offset) __attribute__((always_inline)) {
+          return Lanes::load(reinterpret_cast<const int16_t*>(at + (j * P::kEntries << kShift) + offset));
+        };
+        sum = Lanes::add(sum, value(0, uint16_t(four)));
+        other = Lanes::add(other, value(1, uint16_t(four >> 16)));
+        sum = Lanes::add(sum, value(2, uint16_t(four >> 32)));
+        other = Lanes::add(other, value(3, uint16_t(four >> 48)));
+      });
+    });
+    sum = Lanes::add(sum, other);
     if (ends) Lanes::flush(sum, unit, scales[r], sums + r * T, clear);
     else Lanes::store(sums16 + r * T, sum);
   }
@@ -171,21 +217,27 @@ void vlut_rows(const Call& call, const Blocks& blocks, int64_t begin, int64_t en
   float magnitude = 0, book[16];
   for (int c = 0; c < P::kCodes; ++c) magnitude = __builtin_fabsf(codebook[c]) > magnitude ? __builtin_fabsf(codebook[c]) : magnitude;
   for (int c = 0; c < P::kCodes; ++c) book[c] = magnitude > 0 ? codebook[c] / magnitude : 0;
-  for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-    vlut_tables<P, Lanes>(x + chunk * kChunk * T, book, tables);
-    const bool begins = blocks.begins(chunk), ends = blocks.ends(chunk) || chunk + 1 == w.chunks;
+  for (int64_t chunk = 0, chunks; chunk < w.chunks; chunk += chunks) {
+    const bool begins = blocks.begins(chunk);
+    for (chunks = 1; chunks < vlut_slice<P, Lanes>() && chunk + chunks < w.chunks && !blocks.begins(chunk + chunks); ++chunks) continue;
+    if (chunks < vlut_slice<P, Lanes>()) chunks = 1;
+    for (int64_t i = 0; i < chunks; ++i) {
+      vlut_tables<P, Lanes>(x + (chunk + i) * kChunk * T, book, tables + i * 2 * P::kPairs * P::kEntries * T);
+    }
+    const bool ends = blocks.begins(chunk + chunks) || chunk + chunks == w.chunks;
+    const auto run = chunks == 1 ? vlut_tile<P, Lanes, 1> : vlut_tile<P, Lanes, vlut_slice<P, Lanes>()>;
     const int64_t group = chunk / blocks.group_chunks, block = blocks.block(chunk);
     for (int64_t tile = begin; tile < end; ++tile) {
       const uint32_t* codes = reinterpret_cast<const uint32_t*>(tile_data(w, tile)) + chunk * w.bits * kTileRows;
-      // The next chunk of this tile is wanted after all the other tiles.
-      for (int j = 0; j < P::kBits; ++j) __builtin_prefetch(codes + (P::kBits + j) * kTileRows, 0, 2);
+      // The next slice of this tile is wanted after all the other tiles.
+      for (int64_t j = 0; j < chunks * P::kBits; ++j) __builtin_prefetch(codes + (chunks * P::kBits + j) * kTileRows, 0, 2);
       alignas(64) float scales[kTileRows];
       if (ends) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(tile_data(w, tile) + w.scale_offset) + group * kTileRows;
         store(scales, mul(load_scales(from, w.scale_dtype), set1(magnitude)));
       }
       const int64_t row = (tile - begin) * kTileRows;
-      vlut_tile<P, Lanes>(codes, tables, units + block * T, scales, begins, ends, block == 0, sums16 + row * T, sums + row * T);
+      run(codes, tables, units + block * T, scales, begins, ends, block == 0, sums16 + row * T, sums + row * T);
     }
   }
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -200,17 +252,12 @@ void vlut_rows(const Call& call, const Blocks& blocks, int64_t begin, int64_t en
   }
 }
 
-template <class P, class Lanes>
-constexpr size_t vlut_table_bytes() {
-  return size_t(P::kLookups) * P::kEntries * Lanes::kTokens * sizeof(int16_t);
-}
-
 // Tables of more weights a lookup cost more to make and less to use: which pays is a matter of rows.
 template <class Lanes, class Few, class Many>
 void vlut_choose(const Call& call, const Blocks& blocks, int64_t begin, int64_t end, const float* x, const float* units, int64_t m0, int64_t count) {
   const bool many = (end - begin) * kTileRows >= 4 * Many::kEntries;
   const size_t sums = size_t(end - begin) * kTileRows * Lanes::kTokens * (sizeof(float) + sizeof(int16_t));
-  float* work = static_cast<float*>(scratch(kWorker, sums + (many ? vlut_table_bytes<Many, Lanes>() : vlut_table_bytes<Few, Lanes>())));
+  float* work = static_cast<float*>(scratch(kWorker, sums + size_t(many ? vlut_slice<Many, Lanes>() * vlut_table_bytes<Many, Lanes>() : vlut_slice<Few, Lanes>() * vlut_table_bytes<Few, Lanes>())));
   const auto rows = many ? vlut_rows<Many, Lanes> : vlut_rows<Few, Lanes>;
   rows(call, blocks, begin, end, x, units, m0, count, work);
 }
