@@ -72,7 +72,7 @@ def row(name, us, default=False, **change) -> run.Row:
     values = dict(
         n=64, k=64, kind="4", m=1, name=name, source="flute", us=us, gops=1.0, gbs=1.0, nbytes=2304, error=0.0
     )
-    return run.Row(**(values | dict(chosen=default, default=default, calls=1, detail="") | change))
+    return run.Row(**(values | dict(chosen=default, default=default, calls=1, copies=1, detail="") | change))
 
 
 def test_int8_and_peers_never_get_into_a_table(monkeypatch):
@@ -169,9 +169,8 @@ def test_the_table_is_of_the_number_of_threads(tmp_path, monkeypatch):
             assert bool(cpu.table_path()) == used
     finally:
         torch.set_num_threads(before)
-        monkeypatch.setenv(table.ENV, "off")
-        cpu.use_table()
         monkeypatch.undo()
+        cpu.use_table()
 
 
 LINE = Line("4", "bfloat16", None, None, "reference")
@@ -226,6 +225,23 @@ def test_the_environment_overrides(tmp_path, monkeypatch):
     assert found["path"] == str(elsewhere) and found["choices"]["4 bfloat16 64 1"][0] == "reference"
     found, err = choices(tmp_path, VLLM_FLUTE_TABLE=str(tmp_path / "none.json"))
     assert follows_default(found) and "none.json" in err
+
+
+def test_a_table_does_not_take_int8_away_from_who_asked_for_it(tmp_path, monkeypatch):
+    monkeypatch.delenv(table.ENV, raising=False)
+    write(tmp_path, monkeypatch, [LINE], cpu.machine())
+    described = cpu.describe()
+    try:
+        cpu.use_table()
+        assert cpu.table_path()
+        monkeypatch.setattr(cpu, "describe", lambda: described | {"activations": "int8"})
+        cpu.use_table()
+        assert not cpu.table_path()
+        with pytest.raises(FluteError, match="unset VLLM_FLUTE_ACTIVATIONS"):
+            run.measurements([], "bf16")
+    finally:
+        monkeypatch.undo()
+        cpu.use_table()
 
 
 # ---- the command ----

@@ -192,6 +192,7 @@ def kernels(
         limits = roofline.roofs()
         rows = benchmark.run()
     run.add_ratios(rows, baselines)
+    limits["bf16_gops"] = max([limits["bf16_gops"], *(row.gops for row in rows if row.name == run.TORCH)])
     facts = run.facts(settings, limits)
     machine, versions = facts["machine"], facts["versions"]
     state = f"cold ({settings.copies_mb} MiB of copies, less where memory is short)" if cold else "warm (one copy)"

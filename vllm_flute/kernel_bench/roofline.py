@@ -45,9 +45,10 @@ def check() -> None:
 
 
 def plot(path: Path, rows: list, limits: dict[str, float], title: str) -> None:
-    """Write a PNG: GOP/s over operations per packed byte; ours filled and by kind, the best peers hollow.
+    """Write a PNG: GOP/s over operations per packed byte; ours filled and by kind, the peers hollow.
 
-    Ours are the fastest kernel of each shape, kind and M. Raises FluteError where matplotlib is not installed.
+    Ours are the fastest kernel of each shape, kind and M; those that round x to int8, as most peers do, apart. Raises
+    FluteError where matplotlib is not installed.
     """
     check()
     import matplotlib
@@ -55,32 +56,33 @@ def plot(path: Path, rows: list, limits: dict[str, float], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    best: dict[tuple, object] = {}
+    best: dict[tuple, tuple] = {}
     for row in rows:
-        key = (row.n, row.k, row.kind, row.m, row.source == "flute" or row.name)
-        if key not in best or row.us < best[key].us:
-            best[key] = row
-    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in best.values():
-        label = ("flute", row.kind) if row.source == "flute" else ("peer", row.name)
+        label = ("flute", row.kind, row.detail == "int8") if row.source == "flute" else ("peer", row.name, False)
+        key = (row.n, row.k, row.kind, row.m, label)
+        if key not in best or row.us < best[key][1].us:
+            best[key] = label, row
+    points: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+    for label, row in best.values():
         points.setdefault(label, []).append((2 * row.m * row.n * row.k / row.nbytes, row.gops))
     figure, axes = pyplot.subplots(figsize=(9, 5.4), dpi=100)
     x = [at for values in points.values() for at, _ in values] or [1.0]
     low, high = min(x) / 2, max(x) * 2
     peak, read = limits["bf16_gops"], limits["read_gbs"]
     knee = peak / read
-    axes.plot([low, min(knee, high)], [low * read, min(knee, high) * read], "k-", lw=1.2)
-    axes.plot([], [], "k-", lw=1.2, label=f"memory reads, measured: {read:.1f} GB/s")
-    if high > knee:
-        axes.plot([knee, high], [peak, peak], "k--", lw=1.2)
-    axes.plot([], [], "k--", lw=1.2, label=f"torch's fastest bf16 matmul: {peak:.0f} GOP/s")
+    low = min(low, knee / 2)
+    high = max(high, knee * 2)
+    axes.plot([low, knee], [low * read, peak], "k-", lw=1.2, label=f"memory reads, measured: {read:.1f} GB/s")
+    axes.plot([knee, high], [peak, peak], "k--", lw=1.2, label=f"torch's fastest bf16 matmul: {peak:.0f} GOP/s")
     peers = [label for label in points if label[0] == "peer"]
     for i, label in enumerate(peers):
         style = {"facecolors": "none", "edgecolors": f"C{i % 10}", "marker": _PEERS[i % len(_PEERS)]}
         axes.scatter(*zip(*points[label], strict=True), s=26, linewidths=0.9, label=label[1], **style)
     for label in (label for label in points if label[0] == "flute"):
-        name = f"vllm-flute, {_KIND_NAMES[label[1]]}"
-        axes.scatter(*zip(*points[label], strict=True), s=42, color=_COLORS[label[1]], label=name, zorder=3)
+        kind, int8 = label[1:]
+        style = {"marker": "d" if int8 else "o", "color": _COLORS[kind], "zorder": 3}
+        name = f"vllm-flute, {_KIND_NAMES[kind]}{', int8' if int8 else ''}"
+        axes.scatter(*zip(*points[label], strict=True), s=42, label=name, **style)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set(xlabel="operations per byte of packed weights", ylabel="GOP/s (2 M N K operations)", title=title)
     axes.grid(True, which="major", alpha=0.3)

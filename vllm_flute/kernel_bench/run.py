@@ -67,7 +67,8 @@ class Row:
     chosen: bool  # by the dispatcher
     default: bool  # by its analytic default
     calls: int  # timed
-    detail: str
+    copies: int  # of the weights
+    detail: str  # ours: the arithmetic
     ratio: dict[str, float] = dataclasses.field(default_factory=dict)  # a baseline's time over this one's
 
     @property
@@ -165,7 +166,9 @@ class Benchmark:
         types = [(library, name) for library in self.libraries for name in library.types(kind)]
         sets = 2 + len(matmuls) + len(types)
         free = psutil.virtual_memory().available
-        rotation = candidates.Rotation(min(s.copies_mb << 20, int(free * 0.6) // sets) if s.cold else None)
+        self._rotation = rotation = candidates.Rotation(
+            min(s.copies_mb << 20, int(free * 0.6) // sets) if s.cold else None
+        )
         header, entrants = candidates.ours(self.names, t, DTYPES[s.dtype], rotation)
         if s.wants("torch"):
             entrants.append(candidates.torch_bf16(weight, rotation))
@@ -227,6 +230,7 @@ class Benchmark:
                     chosen=candidate.name == chosen,
                     default=candidate.name == default,
                     calls=len(samples),
+                    copies=self._rotation.count(candidate.nbytes),
                     detail=candidate.detail,
                 )
             )
@@ -245,6 +249,8 @@ def add_ratios(rows: list[Row], baselines: list[str]) -> None:
 def measurements(rows: list[Row], dtype: str) -> list[table.Measurement]:
     """What backends/table.py derives a table from: our kernels, but none that changes results."""
     arithmetic = {kernel.name: kernel.arithmetic for kernel in cpu.kernels()}
+    if cpu.describe().get("activations") == "int8":
+        raise FluteError("--write-table: a table holds no int8 kernels: unset VLLM_FLUTE_ACTIVATIONS")
     found: dict[tuple, table.Measurement] = {}
     for row in rows:
         if row.source != "flute":
