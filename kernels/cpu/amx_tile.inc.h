@@ -2,7 +2,7 @@
 //
 // The instructions are written out, because gcc 12's intrinsics do not tell it which memory they read: it drops the stores
 // that fill a configuration, and may move others past a load. With FLUTE_EMULATE_AMX they are plain C++ that computes what
-// the instructions do, for the tests on a CPU without them.
+// the instructions do, for tests on a CPU without them (tests/test_amx.py).
 //
 // Included inside a translation unit's own namespace, after isa.inc.h.
 

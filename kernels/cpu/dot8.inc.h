@@ -33,7 +33,7 @@ void dot8_quantize(const Quantizer& quantize, const Weights& w, int64_t row, int
       _mm256_store_si256(reinterpret_cast<__m256i*>(four), bytes);
       for (int v = 0; v < kChunkVectors; ++v) inputs[(i * kChunkVectors + v) * width] = four[v];
     });
-    to[0] = -128 * q.sum;
+    to[0] = int32_t(-128u * uint32_t(q.sum));  // the sum of a block that has an infinity is any number
     memcpy(to + width, &q.step, 4);
     to = inputs + block.chunks() * kChunkVectors * width;
   }

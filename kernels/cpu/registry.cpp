@@ -30,7 +30,7 @@ constexpr bool of_this_architecture(int isa) {
 
 #ifdef FLUTE_X86
 // Whether the CPU has AMX tiles of bf16 and int8, and the system lets this process use them: it does not save the
-// tiles of one that has not asked (a system that knows none refuses). The tests' build computes them in C++ instead.
+// tiles of one that has not asked (a system that knows none refuses).
 bool may_use_amx() {
 #ifdef FLUTE_EMULATE_AMX
   return true;
@@ -183,7 +183,9 @@ const Kernel* const* all_kernels() {
   static const std::vector<const Kernel*> instance = [] {
     std::vector<const Kernel*> all;
     for (const Kernel* list : {
-#ifdef FLUTE_X86
+#ifdef FLUTE_EMULATE_AMX
+             kAmxKernels,
+#elif defined(FLUTE_X86)
              kAvx2Kernels, kAvx512Kernels, kAvx512VnniKernels, kAvx512Bf16Kernels, kAmxKernels,
 #elif defined(__aarch64__)
              kNeonKernels,
