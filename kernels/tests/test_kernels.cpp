@@ -187,6 +187,39 @@ void check_case(const Case& c) {
   }
 }
 
+// An infinity and a NaN of the inputs come out in their token's results, and in no other's.
+void check_special_values() {
+  const std::vector<int64_t> header = {kMagic, kAbi, kTile16, 4, 8, 40, kScaleF16, 1, 20};
+  Weights w = parse_header(header.data(), int64_t(header.size()));
+  std::vector<uint8_t> qweight(w.n * w.k / 2), packed(w.bytes);
+  std::vector<uint16_t> scales(w.n * w.groups, f32_to_f16(1));
+  std::vector<float> book(16);
+  for (auto& v : qweight) v = uint8_t(random32());
+  for (auto& v : book) v = uniform();
+  pack(w, qweight.data(), scales.data(), book.data(), packed.data(), {1, run_threads});
+  w.packed = packed.data();
+  for (const Kernel* const* kernel = all_kernels(); *kernel; ++kernel) {
+    for (const Dtype dtype : {kF32, kBf16, kF16}) {
+      try {
+        choose(w, 3, dtype, (*kernel)->name);
+      } catch (const std::invalid_argument&) {
+        continue;
+      }
+      const int64_t bytes = dtype == kF32 ? 4 : 2;
+      std::vector<uint8_t> x(3 * w.k * bytes), y(3 * w.n * bytes);
+      store_value(x.data(), w.k - 1, dtype, INFINITY);
+      store_value(x.data(), w.k, dtype, NAN);
+      (*kernel)->run({w, x.data(), nullptr, y.data(), 3, dtype, {1, run_threads}});
+      bool ok = true;
+      for (int64_t n = 0; n < w.n; ++n) {
+        ok &= !std::isfinite(load_value(y.data(), n, dtype)) && std::isnan(load_value(y.data(), w.n + n, dtype));
+        ok &= load_value(y.data(), 2 * w.n + n, dtype) == 0;
+      }
+      expect(ok, std::string(kernel[0]->name) + ": special values, dtype " + std::to_string(dtype));
+    }
+  }
+}
+
 void check_refused(std::vector<int64_t> header, int field, int64_t value) {
   header[field] = value;
   try {
@@ -211,6 +244,7 @@ void check_conversions() {
 int main() {
   std::printf("%s\n", flute_cpu_describe());
   check_conversions();
+  check_special_values();
   for (int bits = 2; bits <= 4; ++bits) {
     for (const ScaleDtype scale_dtype : {kScaleBf16, kScaleF16}) {
       for (const Case& c : std::vector<Case>{{bits, 8, 8, {1}, scale_dtype},
