@@ -22,7 +22,9 @@ assert not cpu.load(), cpu.load()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = cpu.kernels()
-ROUNDS_WEIGHTS = ("gemv-avx512bf16", "tile-avx512bf16")  # to bf16, and take bf16 activations only
+ROUNDS_WEIGHTS = tuple(k.name for k in KERNELS if k.arithmetic == "bf16 weights")  # and take bf16 activations only
+INT16 = tuple(k.name for k in KERNELS if k.arithmetic == "int16")  # products of an input and a codebook value
+INT8 = tuple(k.name for k in KERNELS if k.arithmetic == "int8")  # inputs and weights
 
 
 @pytest.fixture(autouse=True)
@@ -45,24 +47,25 @@ def need(kernel: str) -> None:
 
 
 def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
-    if kernel == "gemv-avx512bf16" and group_size % 32 and group_size != k:
+    if kernel in (*INT16, "gemv-avx512bf16") and group_size % 32 and group_size != k:
         return False
     return kernel not in ROUNDS_WEIGHTS or dtype == torch.bfloat16
 
 
 def make(n, k, bits, group_size, scale_dtype=torch.bfloat16, shards=None, seed=0):
-    """Random shards, a codebook each: (LutTensors, packed, header)."""
+    """Random shards, a codebook each: (LutTensors, packed, header). bits=1: ternary, of 2 bits."""
     return _make(n, k, bits, group_size, scale_dtype, shards and tuple(shards), seed)
 
 
 @functools.lru_cache(maxsize=64)
 def _make(n, k, bits, group_size, scale_dtype, shards, seed):
     g = torch.Generator().manual_seed(seed)
+    ternary, bits = bits == 1, max(bits, 2)
     parts = [
         LutTensor(
             pack_codes(torch.randint(2**bits, (rows, k), generator=g, dtype=torch.uint8), bits),
             (torch.rand(rows, k // group_size, generator=g) + 0.5).to(scale_dtype),
-            torch.randn(2**bits, generator=g),
+            torch.randn(4, generator=g)[[0, 1, 2, 2]] if ternary else torch.randn(2**bits, generator=g),
         )
         for rows in shards or [n]
     ]
@@ -76,18 +79,56 @@ def _make(n, k, bits, group_size, scale_dtype, shards, seed):
     return parts, packed, header
 
 
-def check(y, x, parts, bias, rounds_weights):
+def int16_error(x, parts):
+    """What 16-bit sums may add to each output (kernels/cpu/vlut.inc.h).
+
+    In a block of B inputs (a group, or up to 256 of a longer one) each product of an input and a codebook value is
+    rounded by half a unit, which is sum |x| * max |codebook| / (32766 - B/2).
+    """
+    group_size = parts[0].group_size
+    blocks = [
+        [b.shape[-1] / 2 * b.sum(-1) / (32766 - 128) for b in g.split(256, -1)]
+        for g in x.double().abs().split(group_size, -1)
+    ]
+    halves = torch.stack([sum(group) for group in blocks], -1)
+    return halves @ torch.cat([t.scales.double().abs() * t.codebook.double().abs().max() for t in parts]).T
+
+
+def int8_error(x, parts):
+    """What rounding to int8 may add to each output.
+
+    Inputs are multiples of 1/127 of the largest magnitude of their block (a group, or up to 256 inputs of a longer
+    one), weights of 1/127 of the largest that their group can hold: with half steps dx and dw, |xw - x'w'| is at
+    most |w| dx + |x| dw + dx dw. In fp32 the step, its reciprocal and the quotient round by 2^-24 each, which makes a
+    half step at most 1 + 2^-14 as long.
+    """
+    group_size = parts[0].group_size
+    blocks = [b for group in x.double().abs().split(group_size, -1) for b in group.split(256, -1)]
+    largest = [block.amax(-1, keepdim=True).expand_as(block) for block in blocks]
+    dx = torch.cat(largest, -1) / 254 * (1 + 2**-14)
+    scales = torch.cat([t.scales.double().abs() * t.codebook.double().abs().max() for t in parts])
+    dw = scales.repeat_interleave(group_size, 1) / 254 * (1 + 2**-14)
+    weight = torch.cat([reference.dequantize(t) for t in parts]).double().abs()
+    return dx @ weight.T + x.double().abs() @ dw.T + dx @ dw.T
+
+
+def check(y, x, parts, bias, kernel):
     """y against the oracle's weights in fp64, within what the arithmetic allows.
 
     A sum of K products in fp32, each product and each addition rounded, is off by at most (K + 8) * 2^-24 of the sum of
     magnitudes (8: scaling, partial sums, bias). Weights in bf16 add 2^-8 of it, and the result is rounded once.
+    Other arithmetics have bounds of their own, and sum what is in error too.
     """
     weight = torch.cat([reference.dequantize(t) for t in parts]).double()
     exact, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
     unit, smallest = {torch.float32: (0, 0), torch.bfloat16: (2**-8, 0), torch.float16: (2**-11, 2**-24)}[y.dtype]
-    sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if rounds_weights else 0))
+    sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if kernel in ROUNDS_WEIGHTS else 0))
+    if kernel in INT16:
+        sums = sums + int16_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
+    if kernel in INT8:
+        sums = sums + int8_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
     bound = sums + (exact.abs() + sums) * unit + smallest
     assert y.shape == exact.shape
     excess = (y.double() - exact).abs() - bound
@@ -102,7 +143,7 @@ def run_and_check(kernel, n, k, bits, group_size, m, dtype, scale_dtype=torch.bf
     b = torch.randn(n, generator=g).to(dtype) if bias else None
     y = ops.lut_linear_op(x, packed, header, b, n, kernel)
     assert y.dtype == dtype and y.is_contiguous()
-    check(y, x, parts, b, kernel in ROUNDS_WEIGHTS)
+    check(y, x, parts, b, kernel)
 
 
 GROUPS = {8: (8,), 24: (8, 24), 32: (8, 16, 32), 40: (8, 40), 64: (16, 32, 64), 96: (24, 32, 48, 96)}
@@ -110,7 +151,7 @@ GROUPS |= {576: (16, 64, 192, 576), 1536: (128, 256, 1536)}
 
 
 @each_kernel
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_every_input_size_and_group_size(kernel, bits):
     need(kernel)
     for k, sizes in GROUPS.items():
@@ -122,7 +163,7 @@ def test_every_input_size_and_group_size(kernel, bits):
 
 
 @each_kernel
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_every_output_size(kernel, bits):
     need(kernel)
     for n in (1, 8, 16, 17, 48, 100):
@@ -167,11 +208,102 @@ def test_default_kernel_on_every_layer():
                     assert torch.equal(y, ops.lut_linear_op(x, packed, header, None, 24, name))
 
 
-def test_fp32_never_takes_a_kernel_that_rounds_weights():
-    _, _, header = make(16, 64, 4, 64)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_fp32_takes_exact_arithmetic(bits):
+    _, _, header = make(16, 64, bits, 64)
     for m in (1, 8, 64, 1000):
-        assert cpu.choose(header, m, torch.float32) not in ROUNDS_WEIGHTS
+        assert cpu.choose(header, m, torch.float32) not in ROUNDS_WEIGHTS + INT16
         assert cpu.choose(header, m, torch.float16) not in ROUNDS_WEIGHTS
+
+
+@each_kernel
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("k, group_size", [(320, 64), (544, 544)])
+def test_many_rows(kernel, bits, k, group_size):
+    """Enough rows for every way of the vector LUT, shards of one codebook and of another."""
+    need(kernel)
+    parts, _, _ = make(2100, k, bits, group_size)
+    other, _, _ = make(40, k, bits, group_size, seed=1)
+    parts = [*parts, *other, *(LutTensor(t.qweight.clone(), t.scales, t.codebook) for t in other)]
+    packed, header = pack_parts(
+        torch.cat([t.qweight for t in parts]),
+        torch.cat([t.scales for t in parts]),
+        torch.stack([t.codebook for t in parts]),
+        group_size,
+        [t.shape[0] for t in parts],
+    )
+    for m in (7, 13, 40):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+        y = ops.lut_linear_op(x, packed, header, None, 2180, kernel)
+        check(y, x, parts, None, kernel)
+
+
+@each_kernel
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [32, 64, 256, 1024])
+def test_sums_do_not_wrap(kernel, bits, k):
+    """Every product of a group at its largest and of one sign, beside a token with one input far above the others."""
+    need(kernel)
+    if not takes(kernel, torch.bfloat16, k, k):
+        pytest.skip("group size")
+    book = torch.linspace(-1, 1, 3)[[0, 1, 2, 2]] if bits == 1 else torch.linspace(-1, 1, 2**bits)
+    codes = torch.full((32, k), len(book) - 1, dtype=torch.uint8)
+    codes[::2] = 0
+    t = LutTensor.from_codes(codes, torch.ones(32, 1, dtype=torch.bfloat16), book)
+    packed, header = pack_parts(t.qweight, t.scales, t.codebook[None], k, [32])
+    x = torch.ones(33, k)
+    x[1], x[2], x[3, 5] = -6e4 / k, 1e-3, 1e4
+    x[4] = 0
+    for dtype in DTYPES:
+        if takes(kernel, dtype, k, k):
+            y = ops.lut_linear_op(x.to(dtype), packed, header, None, 32, kernel)
+            check(y, x.to(dtype), [t], None, kernel)
+
+
+@pytest.mark.parametrize("kernel", [k.name for k in KERNELS if k.arithmetic in ("int16", "int8")])
+def test_what_is_not_a_number_stays_so(kernel):
+    """Inputs that become integers: NaN and infinity must not turn into plausible values, nor reach other tokens."""
+    need(kernel)
+    _, packed, header = make(24, 128, 4, 64)
+    for m in (2, 9, 40):
+        x = torch.randn(m, 128)
+        clean = ops.lut_linear_op(x, packed, header, None, 24, kernel)
+        x[0, 3], x[1, 77] = float("nan"), float("inf")
+        y = ops.lut_linear_op(x, packed, header, None, 24, kernel)
+        assert not y[:2].isfinite().any() and torch.equal(y[2:], clean[2:])
+
+
+@pytest.mark.parametrize("activations", ["", "16", "int8"])
+def test_int8_only_where_it_is_asked_for(activations):
+    described, _, _, chosen = with_isa("", activations)
+    assert (described["activations"], described["error"]) == (activations or "16", "")
+    asked = activations == "int8" and any(k.name in INT8 and k.available for k in KERNELS)
+    assert [name in INT8 for name in chosen] == [asked] * 2
+
+
+def test_table_never_brings_int8_unasked():
+    """A measured table with a line for an int8 kernel is read without it, and one of others without them if asked."""
+    script = """
+import ctypes, json, torch
+from vllm_flute.backends import cpu
+from vllm_flute.layout import TILE16, Layout
+assert not cpu.load(), cpu.load()
+header = Layout(TILE16, 4, 32, 64, torch.bfloat16, (16,)).header()
+chosen = []
+for arithmetic in ("int8", "fp32"):
+    slots = [k.slot for k in cpu.kernels() if k.available and k.arithmetic == arithmetic]
+    lines = (ctypes.c_int64 * 5)(4, 1, 2**62, 2**62, slots[-1])
+    cpu._load()[0].flute_cpu_set_table(ctypes.addressof(lines), 1)
+    chosen.append(cpu.choose(header, 4, torch.bfloat16))
+print(json.dumps(chosen))
+"""
+    if not any(k.name in INT8 and k.available for k in KERNELS):
+        pytest.skip("this CPU has no int8 kernel")
+    for activations, int8 in (("", [False, False]), ("int8", [True, True])):
+        env = os.environ | {"VLLM_FLUTE_ACTIVATIONS": activations}
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert [name in INT8 for name in json.loads(done.stdout)] == int8
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -194,7 +326,7 @@ def test_pack_and_linear_properties(data):
     for kernel in KERNELS:
         if kernel.available and takes(kernel.name, dtype, group_size, k):
             y = ops.lut_linear_op(x, packed, header, None, sum(shards), kernel.name)
-            check(y, x, parts, None, kernel.name in ROUNDS_WEIGHTS)
+            check(y, x, parts, None, kernel.name)
 
 
 def test_packed_size():
@@ -214,8 +346,12 @@ def test_one_code_at_a_time():
         packed, header = pack_parts(t.qweight, t.scales, book[None], k, [16])
         for kernel in KERNELS:
             if kernel.available:
-                y = ops.lut_linear_op(torch.eye(k, dtype=torch.bfloat16), packed, header, None, 16, kernel.name)
-                assert torch.equal(y, codes.T.to(torch.bfloat16)), kernel.name
+                x = torch.eye(k, dtype=torch.bfloat16)
+                y = ops.lut_linear_op(x, packed, header, None, 16, kernel.name)
+                if kernel.name in INT8:  # within half a step of the codebook, which is less than half a code
+                    check(y, x, [t], None, kernel.name)
+                else:
+                    assert torch.equal(y, codes.T.to(torch.bfloat16)), kernel.name
 
 
 @each_kernel
@@ -368,7 +504,7 @@ def test_counters(kernel):
         assert (calls, tokens) == (1, m) and nbytes >= packed.numel() and nbytes % packed.numel() == 0
         change[slot, bucket] = 0
         assert not change.any()
-        assert m > 32 or nbytes == packed.numel()
+        assert m > 16 or nbytes == packed.numel()
     before = counters.page.copy()
     ops.lut_linear_op(torch.randn(0, 64, dtype=torch.bfloat16), packed, header, None, 24, kernel)
     assert (counters.page == before).all()
@@ -392,8 +528,8 @@ print(json.dumps([described, packed.sum().item(), result, chosen]))
 
 
 @functools.cache
-def with_isa(isa: str):
-    env = os.environ | {"VLLM_FLUTE_ISA": isa}
+def with_isa(isa: str, activations: str = ""):
+    env = os.environ | {"VLLM_FLUTE_ISA": isa, "VLLM_FLUTE_ACTIVATIONS": activations}
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -413,7 +549,11 @@ def test_forced_isa(isa):
     torch.testing.assert_close(torch.tensor(result), torch.tensor(oracle), rtol=1e-5, atol=1e-4)
 
 
-def test_unknown_isa_is_an_error():
+@pytest.mark.parametrize(
+    "variable, value, available",
+    [("VLLM_FLUTE_ISA", "avx1024", "scalar"), ("VLLM_FLUTE_ACTIVATIONS", "int4", "16, int8")],
+)
+def test_unknown_choice_is_an_error(variable, value, available):
     """The backend refuses it before any weight is packed, and the library refuses every call."""
     script = """
 import json, torch
@@ -432,11 +572,11 @@ for call in (
         errors.append(str(e))
 print(json.dumps([described, errors, cpu.choose(header, 1, torch.bfloat16)]))
 """
-    env = os.environ | {"VLLM_FLUTE_ISA": "avx1024"}
+    env = os.environ | {variable: value}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     described, errors, chosen = json.loads(done.stdout)
-    assert "avx1024" in described["error"] and "scalar" in described["error"]
+    assert f"{variable}={value}" in described["error"] and f"available: {available}" in described["error"]
     assert len(errors) == 2 and all(described["error"] in e for e in errors) and chosen == ""
     assert not any(k["available"] for k in described["kernels"])
 
