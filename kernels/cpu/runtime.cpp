@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "flute.h"
 
 namespace flute {
@@ -24,6 +28,8 @@ void drain(int64_t, int64_t, void* p) {
   }
 }
 
+constexpr size_t kHugePage = 2 << 20;  // on x86 and, with 4 KB pages, on Arm
+
 struct Buffer {
   void* data = nullptr;
   size_t size = 0;
@@ -44,15 +50,28 @@ void for_each(const Parallel& parallel, int64_t n, int64_t workers, void (*item)
   parallel.run(workers, drain, &shared);
 }
 
+void prefer_huge_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: its refusal costs speed only
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 void* scratch(ScratchUse use, size_t bytes) {
   Buffer& b = buffers[use];
   if (b.size < bytes) {
     std::free(b.data);
     b.size = 0;
-    bytes = (bytes + 4095) / 4096 * 4096;
-    b.data = std::aligned_alloc(64, bytes);
+    // Sums and tables that fill a second-level cache touch more small pages than a core translates at once.
+    const size_t page = bytes < kHugePage / 16 ? 4096 : kHugePage;
+    bytes = (bytes + page - 1) / page * page;
+    b.data = std::aligned_alloc(page, bytes);
     if (!b.data) throw std::bad_alloc();
     b.size = bytes;
+    prefer_huge_pages(b.data, bytes);
   }
   return b.data;
 }

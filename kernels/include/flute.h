@@ -109,6 +109,10 @@ static void for_each(const Parallel& parallel, int64_t n, int64_t workers, const
 enum ScratchUse { kInput, kWorker, kScratchUses };
 void* scratch(ScratchUse use, size_t bytes);
 
+// Asks the operating system to back this memory with huge pages when it is first touched. Weights are read once a
+// token, faster than a core walks small pages: 29 GB/s a core instead of 17 (Zen 4, in a virtual machine).
+void prefer_huge_pages(void* data, size_t bytes);
+
 // ---------------------------------------------------------------------------------------------------------
 // y[M, N] = x[M, K] W^T + bias[N] (bias may be null), all of one dtype and contiguous; fp32 sums.
 struct Call {

@@ -107,6 +107,7 @@ Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codeb
   check(scales.scalar_type() == scale_type, "scales do not have the dtype that the header says");
   check(codebooks.scalar_type() == ScalarType::Float, "codebooks must be float32");
   Tensor packed = torch::stable::new_empty(qweight, {w.bytes});
+  flute::prefer_huge_pages(packed.data_ptr(), size_t(w.bytes));
   flute::pack(w, static_cast<const uint8_t*>(qweight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
               static_cast<const float*>(codebooks.data_ptr()), static_cast<uint8_t*>(packed.data_ptr()), threads());
   return packed;
