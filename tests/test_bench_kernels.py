@@ -251,7 +251,7 @@ def test_a_table_does_not_take_int8_away_from_who_asked_for_it(tmp_path, monkeyp
 def bench(monkeypatch, capsys, tmp_path):
     """bench(*args) runs `vllm-flute bench kernels` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(roofline, "roofs", partial(roofline.roofs, 1 << 20, 64, 0))
+    monkeypatch.setattr(roofline, "roofs", partial(roofline.roofs, 32 << 20, (64,), 0))
 
     def call(*args) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vllm-flute", "bench", "kernels", *map(str, args)])
