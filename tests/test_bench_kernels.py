@@ -127,6 +127,7 @@ def here(isa: str | None = None) -> dict:
 
 
 def write(cache, monkeypatch, written: list[Line], on: dict | None = None):
+    monkeypatch.delenv(table.ENV, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     path = table.default_path(on or here())
     table.write(path, on or here(), written)
@@ -250,6 +251,7 @@ def test_a_table_does_not_take_int8_away_from_who_asked_for_it(tmp_path, monkeyp
 @pytest.fixture
 def bench(monkeypatch, capsys, tmp_path):
     """bench(*args) runs `vllm-flute bench kernels` in this process: (exit code, stdout, stderr)."""
+    monkeypatch.delenv(table.ENV, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(roofline, "roofs", partial(roofline.roofs, 32 << 20, (64,), 0))
 
