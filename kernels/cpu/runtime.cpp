@@ -28,8 +28,6 @@ void drain(int64_t, int64_t, void* p) {
   }
 }
 
-constexpr size_t kHugePage = 2 << 20;  // on x86 and, with 4 KB pages, on Arm
-
 struct Buffer {
   void* data = nullptr;
   size_t size = 0;

@@ -97,6 +97,17 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   return output;
 }
 
+// An uninitialized uint8 tensor. A large one starts where a huge page does; the room that this takes is never touched.
+Tensor on_huge_pages(const Tensor& like, int64_t bytes) {
+  const int64_t page = int64_t(flute::kHugePage);
+  if (bytes < 2 * page) return torch::stable::new_empty(like, {bytes});
+  Tensor room = torch::stable::new_empty(like, {bytes + page});
+  const int64_t start = (page - int64_t(reinterpret_cast<uintptr_t>(room.data_ptr()) % flute::kHugePage)) % page;
+  Tensor packed = torch::stable::narrow(room, 0, start, bytes);
+  flute::prefer_huge_pages(packed.data_ptr(), size_t(bytes));
+  return packed;
+}
+
 Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codebooks, const Tensor& header) {
   const flute::Weights w = read_header(header);
   check_matrix(qweight, "qweight", w.n, w.k * w.bits / 8);
@@ -106,8 +117,7 @@ Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codeb
   check(qweight.scalar_type() == ScalarType::Byte, "qweight must be uint8");
   check(scales.scalar_type() == scale_type, "scales do not have the dtype that the header says");
   check(codebooks.scalar_type() == ScalarType::Float, "codebooks must be float32");
-  Tensor packed = torch::stable::new_empty(qweight, {w.bytes});
-  flute::prefer_huge_pages(packed.data_ptr(), size_t(w.bytes));
+  Tensor packed = on_huge_pages(qweight, w.bytes);
   flute::pack(w, static_cast<const uint8_t*>(qweight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
               static_cast<const float*>(codebooks.data_ptr()), static_cast<uint8_t*>(packed.data_ptr()), threads());
   return packed;

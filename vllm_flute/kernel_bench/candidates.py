@@ -96,8 +96,9 @@ class Rotation:
 
 
 def random_weight(kind: str, n: int, k: int, group_size: int) -> LutTensor:
-    """``[n, k]`` of a kind, with a random codebook; ternary: -1, 0 and 1 without a scale, which all peers can hold."""
+    """``[n, k]`` of a kind, with a random codebook; ternary: -1, 0 and 1, and one scale a row, as all peers can hold."""
     ternary = kind == "ternary"
+    group_size = k if ternary else group_size
     bits = 2 if ternary else int(kind)
     if k % group_size or group_size % 8:
         raise FluteError(f"--group-size {group_size} must be a multiple of 8 that divides K={k}")
@@ -114,8 +115,10 @@ def random_weight(kind: str, n: int, k: int, group_size: int) -> LutTensor:
 
 def ours(names: Iterable[str], t: LutTensor, dtype: torch.dtype, rotation: Rotation):
     """The kernels of these names on one weight: (header, candidates). They read the same copies."""
-    packed, header = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [t.shape[0]])
-    copies = rotation.of(packed.clone, packed.numel())
+    parts = t.qweight, t.scales, t.codebook[None], t.group_size, [t.shape[0]]
+    packed, header = pack_parts(*parts)
+    # Packed one by one, as layers are: only packing asks for memory in huge pages.
+    copies = rotation.of(lambda: pack_parts(*parts)[0], packed.numel())
 
     def candidate(name: str) -> Candidate:
         def call(x, copy):
