@@ -7,6 +7,7 @@ namespace flute {
 namespace {
 #include "vec_avx512.inc.h"
 #include "decode.inc.h"
+#include "math_f32.inc.h"
 
 struct MathBf16 {
   using X = uint16_t;
@@ -60,6 +61,30 @@ struct MathBf16 {
 };
 
 #include "gemv.inc.h"
+#include "gemv_trit.inc.h"
+
+// Layout TRIT20: vpermw reads five index bits, which is three digits, of both halves at a time; the halves are a pair of
+// inputs.
+struct TritsBf16 : MathBf16 {
+  static constexpr int kDigits = 3;
+  struct Table {
+    __m512i digit[kDigits];
+  };
+  INLINE static Table load_table(const float* codebook) {
+    static constexpr TritDigits<uint16_t, kDigits, 32> digits;
+    const __m512i values = MathBf16::load_table<2>(codebook);
+    Table table;
+    unroll<kDigits>(FLUTE_UNROLLED(j) {
+      table.digit[j.value] = _mm512_permutexvar_epi16(_mm512_loadu_si512(digits.of[j.value]), values);
+    });
+    return table;
+  }
+  template <int J, int>
+  INLINE static Weight weight(const Table& table, I16 number) {
+    return (__m512bh)_mm512_permutexvar_epi16(number, table.digit[J]);
+  }
+};
+
 #include "tile.inc.h"
 
 const char* tile_refuses(const Weights&, Dtype dtype) { return dtype == kBf16 ? nullptr : "activations other than bfloat16"; }
@@ -70,7 +95,7 @@ const char* gemv_refuses(const Weights& w, Dtype dtype) {
 }  // namespace
 
 const Kernel kAvx512Bf16Kernels[] = {
-    {"gemv-avx512bf16", kAvx512Bf16, kBf16Weights, 6, gemv_refuses, gemv_passes, gemv_run<MathBf16>},
+    {"gemv-avx512bf16", kAvx512Bf16, kBf16Weights, 6, gemv_refuses, gemv_passes, gemv_or_trit_run<MathBf16, TritsBf16>, true},
     {"tile-avx512bf16", kAvx512Bf16, kBf16Weights, 5, tile_refuses, tile_passes<MathBf16>, tile_run<MathBf16>},
     {},
 };

@@ -1,4 +1,4 @@
-// The TILE16 layout: what a header means, and the way between the checkpoint's order and tiles.
+// The packed layouts: what a header means, and the way between the checkpoint's order and tiles.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -41,6 +41,37 @@ void tile3_to_stream(const uint32_t in[3], uint32_t out[3]) {
   out[2] = uint32_t(high >> 19);
 }
 
+// Two digits of each half of a word from four codes, at 0 and 16: the codes' even ones and their odd ones. Code 3 is 2.
+struct TritTable {
+  uint32_t of[256];
+  constexpr TritTable() : of() {
+    for (int byte = 0; byte < 256; ++byte) {
+      uint32_t digit[4] = {};
+      for (int i = 0; i < 4; ++i) digit[i] = (byte >> 2 * i & 3) == 3 ? 2 : byte >> 2 * i & 3;
+      of[byte] = digit[0] * 3 + digit[2] + ((digit[1] * 3 + digit[3]) << 16);
+    }
+  }
+};
+constexpr TritTable kTrits;
+constexpr int kTritBytes = kTritChunk / 4;
+
+uint32_t stream_to_trits(const uint8_t in[kTritBytes]) {
+  uint32_t v = 0;
+  for (int i = 0; i < kTritBytes; ++i) v = v * 9 + kTrits.of[in[i]];  // both numbers at a time: 3^10 < 2^16
+  const auto fraction = [](uint64_t number) { return uint32_t((number << 16) + 59048) / 59049; };
+  return fraction(v & 0xffff) | fraction(v >> 16) << 16;
+}
+
+void trits_to_stream(uint32_t in, uint8_t out[kTritBytes]) {
+  uint64_t v = (in & 0xffff) | uint64_t(in >> 16) << 32, codes = 0;
+  for (int i = 0; i < kTritChunk / 2; ++i) {
+    v *= 3;
+    codes |= ((v >> 16 & 3) | (v >> 46 & 12)) << 4 * i;
+    v &= 0xffff0000ffff;
+  }
+  memcpy(out, &codes, kTritBytes);
+}
+
 }  // namespace
 
 Weights parse_header(const int64_t* h, int64_t length) {
@@ -48,14 +79,15 @@ Weights parse_header(const int64_t* h, int64_t length) {
   constexpr int64_t kMaxK = int64_t(1) << 28, kMaxN = int64_t(1) << 31;
   if (length <= kHeaderFixed || h[kFieldMagic] != kMagic) refuse("not one");
   if (h[kFieldAbi] != kAbi) refuse("ABI " + std::to_string(h[kFieldAbi]) + ", this library reads ABI " + std::to_string(kAbi));
-  if (h[kFieldLayout] != kTile16 && h[kFieldLayout] != kTernary16) {
-    refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layouts 1 (tile16) and 2 (ternary16)");
+  if (h[kFieldLayout] < kTile16 || h[kFieldLayout] > kTrit20) {
+    refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layouts 1 (tile16), 2 (ternary16) and 3 (trit20)");
   }
   if (h[kFieldBits] < 2 || h[kFieldBits] > 4) refuse(std::to_string(h[kFieldBits]) + " bits, expected 2, 3 or 4");
   Weights w{};
   w.bits = int(h[kFieldBits]);
-  w.ternary = h[kFieldLayout] == kTernary16;
-  if (w.ternary && w.bits != 2) refuse("layout ternary16 with " + std::to_string(w.bits) + " bits, expected 2");
+  w.trits = h[kFieldLayout] == kTrit20;
+  w.ternary = w.trits || h[kFieldLayout] == kTernary16;
+  if (w.ternary && w.bits != 2) refuse("a layout of ternary weights with " + std::to_string(w.bits) + " bits, expected 2");
   w.group_size = h[kFieldGroupSize];
   w.k = h[kFieldK];
   if (w.k < 8 || w.k > kMaxK || w.k % 8) refuse("K=" + std::to_string(w.k) + ", expected a multiple of 8");
@@ -65,6 +97,7 @@ Weights parse_header(const int64_t* h, int64_t length) {
   if (h[kFieldScaleDtype] != kScaleBf16 && h[kFieldScaleDtype] != kScaleF16) refuse("unknown dtype of scales");
   w.scale_dtype = ScaleDtype(h[kFieldScaleDtype]);
   w.groups = w.k / w.group_size;
+  if (w.trits && w.groups != 1) refuse("layout trit20 with " + std::to_string(w.groups) + " scales a row, expected 1");
   w.n_shards = h[kFieldShards];
   if (w.n_shards != length - kHeaderFixed) refuse("number of shards does not match its length");
   w.shards = h + kHeaderFixed;
@@ -74,8 +107,9 @@ Weights parse_header(const int64_t* h, int64_t length) {
     w.n += rows;
     w.tiles += divide_up(rows, kTileRows);
   }
-  w.chunks = divide_up(w.k, kChunk);
-  w.scale_offset = w.chunks * w.bits * 64;
+  w.chunk_inputs = w.trits ? kTritChunk : kChunk;
+  w.chunks = divide_up(w.k, w.chunk_inputs);
+  w.scale_offset = w.chunks * (w.trits ? 1 : w.bits) * 64;
   w.tile_bytes = w.scale_offset + divide_up(w.groups * kTileRows * 2, 64) * 64;
   w.bytes = w.n_shards * kBookBytes + w.tiles * w.tile_bytes;
   return w;
@@ -100,12 +134,23 @@ void pack(const Weights& weights, const uint8_t* qweight, const uint16_t* scales
   const int size = 1 << w.bits;
   float* out_books = reinterpret_cast<float*>(packed);
   for (int64_t i = 0; i < w.n_shards * 16; ++i) out_books[i] = books[i / 16 * size + i % size];
-  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.bits * 4;
+  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.chunk_inputs * w.bits / 8;
   for_each(parallel, w.tiles, parallel.threads, [&](int64_t tile) {
     const TileRows rows = tile_rows(w, tile);
     uint8_t* out = packed + (tile_data(w, tile) - packed);
     uint32_t* words = reinterpret_cast<uint32_t*>(out);
-    for (int64_t c = 0; c < w.chunks; ++c, words += w.bits * kTileRows) {
+    if (w.trits) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const uint8_t* source = qweight + (rows.first + r) * row_bytes;
+        for (int64_t c = 0; c < w.chunks; ++c, source += chunk_bytes) {
+          const int64_t bytes = r < rows.count ? std::min(chunk_bytes, row_bytes - c * chunk_bytes) : 0;
+          uint8_t last[kTritBytes] = {};
+          if (bytes && bytes < chunk_bytes) memcpy(last, source, size_t(bytes));
+          words[c * kTileRows + r] = stream_to_trits(bytes == chunk_bytes ? source : last);
+        }
+      }
+    }
+    for (int64_t c = 0; c < w.chunks && !w.trits; ++c, words += w.bits * kTileRows) {
       const int64_t bytes = std::min(chunk_bytes, row_bytes - c * chunk_bytes);
       for (int r = 0; r < kTileRows; ++r) {
         uint32_t in[4] = {}, moved[3];
@@ -134,16 +179,22 @@ void unpack(const Weights& w, uint8_t* qweight, uint16_t* scales, float* books, 
   const int size = 1 << w.bits;
   const float* in_books = reinterpret_cast<const float*>(w.packed);
   for (int64_t i = 0; i < w.n_shards * size; ++i) books[i] = in_books[i / size * 16 + i % size];
-  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.bits * 4;
+  const int64_t row_bytes = w.k * w.bits / 8, chunk_bytes = w.chunk_inputs * w.bits / 8;
   for_each(parallel, w.tiles, parallel.threads, [&](int64_t tile) {
     const TileRows rows = tile_rows(w, tile);
     const uint8_t* data = tile_data(w, tile);
     const uint32_t* words = reinterpret_cast<const uint32_t*>(data);
-    for (int64_t c = 0; c < w.chunks; ++c, words += w.bits * kTileRows) {
+    for (int64_t c = 0; c < w.chunks; ++c, words += (w.trits ? 1 : w.bits) * kTileRows) {
       const int64_t bytes = std::min(chunk_bytes, row_bytes - c * chunk_bytes);
       for (int r = 0; r < rows.count; ++r) {
         uint32_t in[4], moved[3];
         const uint32_t* from = in;
+        if (w.trits) {
+          uint8_t codes[kTritBytes];
+          trits_to_stream(words[r], codes);
+          memcpy(qweight + (rows.first + r) * row_bytes + c * chunk_bytes, codes, size_t(bytes));
+          continue;
+        }
         for (int j = 0; j < w.bits; ++j) in[j] = words[j * kTileRows + r];
         if (w.bits == 3) tile3_to_stream(in, moved), from = moved;
         memcpy(qweight + (rows.first + r) * row_bytes + c * chunk_bytes, from, size_t(bytes));

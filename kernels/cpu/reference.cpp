@@ -21,11 +21,12 @@ void run(const Call& call) {
       const int tokens = int(std::min<int64_t>(kTokens, call.m - m0));
       double sum[kTokens][kTileRows] = {};
       for (int64_t k = 0; k < w.k; ++k) {
-        const uint32_t* chunk = codes + k / kChunk * w.bits * kTileRows;
+        const uint32_t* chunk = codes + k / w.chunk_inputs * (w.trits ? 1 : w.bits) * kTileRows;
+        const int at = int(k % w.chunk_inputs);
         float weight[kTileRows];
         for (int r = 0; r < kTileRows; ++r) {
           const float scale = scale_to_f32(scales[k / w.group_size * kTileRows + r], w.scale_dtype);
-          weight[r] = rows.book[tile16_code(chunk, w.bits, r, int(k % kChunk))] * scale;
+          weight[r] = rows.book[w.trits ? trit20_code(chunk, r, at) : tile16_code(chunk, w.bits, r, at)] * scale;
         }
         for (int m = 0; m < tokens; ++m) {
           const double x = load_value(call.x, (m0 + m) * w.k + k, call.dtype);
@@ -48,6 +49,6 @@ int64_t once(const Weights&, int64_t) { return 1; }
 
 }  // namespace
 
-const Kernel kReferenceKernels[] = {{"reference", kScalar, kFp32, 0, refuses_nothing, once, run}, {}};
+const Kernel kReferenceKernels[] = {{"reference", kScalar, kFp32, 0, refuses_nothing, once, run, true}, {}};
 
 }  // namespace flute

@@ -108,9 +108,13 @@ struct Registry {
     return "";
   }
 
+  static const char* refuses(const Kernel& kernel, const Weights& w, Dtype dtype) {
+    return w.trits && !kernel.trits ? "layout trit20" : kernel.refuses(w, dtype);
+  }
+
   // Whether the dispatcher may choose it of its own accord.
   bool may_take(const Kernel& kernel, const Weights& w, Dtype dtype) const {
-    return lacks(kernel).empty() && (int8 || kernel.arithmetic != kInt8) && !kernel.refuses(w, dtype);
+    return lacks(kernel).empty() && (int8 || kernel.arithmetic != kInt8) && !refuses(kernel, w, dtype);
   }
 
   std::string available() const {
@@ -174,7 +178,8 @@ constexpr struct {
     {"gemv-avx512bf16", 16}, {"tile-amxbf16", INT64_MAX},
     {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
     {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"gemv-neon", 9},     {"tile-neon", INT64_MAX},
-    {"reference", INT64_MAX},
+    // What tiles do not take: trit20.
+    {"gemv-avx512bf16", INT64_MAX}, {"gemv-avx512", INT64_MAX}, {"gemv-avx2", INT64_MAX}, {"reference", INT64_MAX},
 };
 
 }  // namespace
@@ -217,7 +222,7 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
     }
   }
   std::string why = !kernel ? "there is no such kernel" : r.lacks(*kernel);
-  if (why.empty() && kernel->refuses(w, dtype)) why = std::string("does not take ") + kernel->refuses(w, dtype);
+  if (why.empty() && r.refuses(*kernel, w, dtype)) why = std::string("does not take ") + r.refuses(*kernel, w, dtype);
   if (!why.empty()) throw std::invalid_argument("kernel '" + name + "': " + why + " (available: " + r.available() + ")");
   return *kernel;
 }

@@ -4,7 +4,7 @@
 // tokens at once: a row of the table is one 16-bit value a token. A weight row then costs one table row added for each
 // combination, whatever its bits and its codebook:
 //
-//   tables     of one chunk of 32 inputs are alive at a time and are used for a block of weight rows (kBlockRows), which
+//   tables     of one chunk of inputs are alive at a time and are used for a block of weight rows (kBlockRows), which
 //              is what keeps them in the first two levels of cache;
 //   inputs     are transposed to [K][tokens] once a call, divided by the unit below;
 //   sums       are 16-bit within a block of inputs (a group, or 256 of a longer one), then fp32, times unit and scale.
@@ -16,14 +16,15 @@
 //
 // Included inside a translation unit's own namespace, after decode.inc.h and a file with Lanes of tokens.
 
-constexpr int64_t kBlockInputs = 256;   // longest block of 16-bit sums
+constexpr int64_t kBlockInputs = 256;   // longest block of 16-bit sums, which are whole chunks
 constexpr int64_t kBlockRows = 2048;    // weight rows that share tables: sums of 2048 rows by 32 tokens are 384 KB
 
 // How codes become indices of tables. A chunk of a weight row has kPairs pairs of lookups: one in the low and one in the
-// high half of a 32-bit word. input(s, h, j) is the j-th input (0..31) of half h of pair s.
+// high half of a 32-bit word. input(s, h, j) is the j-th input of the chunk in half h of pair s.
 template <int BITS, bool TERNARY, int WEIGHTS>
 struct Plan {
-  static constexpr int kBits = BITS, kWeights = WEIGHTS, kCodes = TERNARY ? 3 : 1 << BITS, kPairs = kChunk / WEIGHTS / 2;
+  static constexpr int kInputs = kChunk, kVectors = BITS;  // of a chunk
+  static constexpr int kWeights = WEIGHTS, kCodes = TERNARY ? 3 : 1 << BITS, kPairs = kChunk / WEIGHTS / 2;
   static constexpr int kEntries = WEIGHTS == 1 ? kCodes : WEIGHTS == 2 ? kCodes * kCodes : kCodes * kCodes * kCodes * kCodes;
   static constexpr int kIndexBits = BITS * WEIGHTS, kPerHalf = 16 / kIndexBits;
 
@@ -35,8 +36,9 @@ struct Plan {
     return word < 3 ? word * 10 + 4 + 5 * j : 30 + j;
   }
 
-  // Makes the bits of ternary words indices: base 3 within a nibble, and then within a byte.
-  INLINE static Words<BITS> prepare(Words<BITS> w) {
+  // A chunk's words; of ternary ones the bits become indices, base 3 within a nibble and then within a byte.
+  INLINE static Words<BITS> load(const uint32_t* codes) {
+    Words<BITS> w = load_chunk<BITS>(codes);
     if constexpr (TERNARY) {
       unroll<2>(FLUTE_UNROLLED(j) {
         I16& v = w.word[j.value];
@@ -81,33 +83,53 @@ struct Plan {
   }
 };
 
+#ifdef __AVX2__  // the products of gemv_trit.inc.h
+// TRIT20: five codes are the upper half of a product with 3^5, the other five that of what the first has left.
+struct TritPlan {
+  static constexpr int kInputs = kTritChunk, kVectors = 1, kWeights = 5, kCodes = 3, kPairs = 2, kEntries = 243;
+  static constexpr int input(int s, int h, int j) { return 10 * s + 2 * (4 - j) + h; }
+  struct Indices {
+    I16 pair[2];
+  };
+  INLINE static Indices load(const uint32_t* codes) {
+    const I16 fraction = load_words(codes);
+    return {{multiply_high(fraction, kEntries), multiply_high(multiply_low(fraction, kEntries), kEntries)}};
+  }
+  template <int S, int SHIFT>
+  INLINE static I16 index(const Indices& indices) {
+    return shift_left<SHIFT>(indices.pair[S]);
+  }
+};
+#endif
+
 // Where 16-bit sums end: groups of up to kBlockInputs are blocks, longer ones are cut.
 struct Blocks {
-  int64_t group_chunks, per_group, inputs, count;
+  int64_t group_chunks, chunks, per_group, inputs, count;  // chunks and inputs are those of the longest block
   explicit Blocks(const Weights& w) {
-    group_chunks = w.groups == 1 ? w.chunks : w.group_size / kChunk;
-    per_group = divide_up(group_chunks * kChunk, kBlockInputs);
-    inputs = per_group > 1 ? kBlockInputs : group_chunks * kChunk;
+    group_chunks = w.groups == 1 ? w.chunks : w.group_size / w.chunk_inputs;
+    chunks = kBlockInputs / w.chunk_inputs;
+    per_group = divide_up(group_chunks, chunks);
+    inputs = (per_group > 1 ? chunks : group_chunks) * w.chunk_inputs;
     count = per_group * w.groups;
   }
   float limit() const { return float(32766 - inputs / 2); }
-  int64_t block(int64_t chunk) const { return chunk / group_chunks * per_group + chunk % group_chunks * kChunk / kBlockInputs; }
-  bool begins(int64_t chunk) const { return chunk % group_chunks * kChunk % kBlockInputs == 0; }
+  int64_t block(int64_t chunk) const { return chunk / group_chunks * per_group + chunk % group_chunks / chunks; }
+  bool begins(int64_t chunk) const { return chunk % group_chunks % chunks == 0; }
 };
 
-// Inputs of `count` tokens from row m0 on, for Lanes of tokens: x[chunk * 32][tokens] divided by the units without the
+// Inputs of `count` tokens from row m0 on, for Lanes of tokens: x[chunks][inputs][tokens] divided by the units without the
 // codebook's magnitude, units[block][tokens]. Tokens beyond `count` are zero.
 template <class Lanes>
 void vlut_inputs(const Call& call, const Blocks& blocks, int64_t m0, int64_t count, int64_t block, float* x, float* units) {
   constexpr int T = Lanes::kTokens;
-  const int64_t first = block / blocks.per_group * blocks.group_chunks + block % blocks.per_group * (kBlockInputs / kChunk);
-  const int64_t rest = blocks.group_chunks - block % blocks.per_group * (kBlockInputs / kChunk);
-  const int64_t chunks = rest < blocks.inputs / kChunk ? rest : blocks.inputs / kChunk;
+  const int64_t before = block % blocks.per_group * blocks.chunks, rest = blocks.group_chunks - before;
+  const int64_t first = (block / blocks.per_group * blocks.group_chunks + before) * call.w.chunk_inputs;
+  const int64_t inputs = (rest < blocks.chunks ? rest : blocks.chunks) * call.w.chunk_inputs;
   float rows[T][kBlockInputs], inverse[T];
   for (int t = 0; t < T; ++t) {
     F16 sum = zero();
-    for (int64_t i = 0; i < chunks * kChunk; i += 16) {
-      const int64_t k = first * kChunk + i, left = call.w.k - k;
+    for (int64_t i = 0; i < inputs; i += 16) {
+      const int64_t k = first + i, left = call.w.k - k;
       const F16 v = t < count && left > 0 ? load_lanes(call.x, (m0 + t) * call.w.k + k, left < 16 ? int(left) : 16, call.dtype) : zero();
       sum = add(sum, absolute(v));
       store(&rows[t][i], v);
@@ -119,12 +141,12 @@ void vlut_inputs(const Call& call, const Blocks& blocks, int64_t m0, int64_t cou
     // What is too small to divide by counts as zero; NaN and infinity reach the result through the unit.
     inverse[t] = total > 0x1p-100f ? blocks.limit() / total : 0;
   }
-  for (int64_t i = 0; i < chunks * kChunk; ++i) {
-    for (int t = 0; t < T; ++t) x[(first * kChunk + i) * T + t] = rows[t][i] * inverse[t];
+  for (int64_t i = 0; i < inputs; ++i) {
+    for (int t = 0; t < T; ++t) x[(first + i) * T + t] = rows[t][i] * inverse[t];
   }
 }
 
-// The tables of one chunk: 2 kPairs of kEntries rows, from 32 inputs of all tokens and the codebook over its magnitude.
+// The tables of one chunk: 2 kPairs of kEntries rows, from its inputs of all tokens and the codebook over its magnitude.
 template <class P, class Lanes>
 void vlut_tables(const float* x, const float* book, int16_t* tables) {
   constexpr int T = Lanes::kTokens, C = P::kCodes, W = P::kWeights;
@@ -142,7 +164,8 @@ void vlut_tables(const float* x, const float* book, int16_t* tables) {
       for (int high = 0; high < P::kEntries / (C * C); ++high) {
         for (int b = 0; b < C; ++b) {
           Reg rest = product[1][b];
-          if constexpr (W == 4) rest = Lanes::add(rest, Lanes::add(product[2][high % C], product[3][high / C]));
+          if constexpr (W >= 4) rest = Lanes::add(rest, Lanes::add(product[2][high % C], product[3][high / C % C]));
+          if constexpr (W == 5) rest = Lanes::add(rest, product[4][high / (C * C)]);
           for (int a = 0; a < C; ++a, to += T) Lanes::store(to, Lanes::add(product[0][a], rest));
         }
       }
@@ -157,9 +180,11 @@ constexpr int64_t vlut_table_bytes() {
 }
 template <class P, class Lanes>
 constexpr int64_t vlut_slice() {
-  const int64_t limit = Lanes::kTokens == 32 ? 96 << 10 : 48 << 10;  // measured; wide rows suffer less from the second level
+  // Measured. Wide rows suffer less from the second level of cache; tables of five codes are in it anyway, and their chunks
+  // have too few lookups for a load and a store of the sums each.
+  const int64_t limit = P::kWeights == 5 ? Lanes::kTokens * 8000 : Lanes::kTokens == 32 ? 96 << 10 : 48 << 10;
   int64_t chunks = 1;
-  while (2 * chunks * vlut_table_bytes<P, Lanes>() <= limit && 2 * chunks * kChunk <= kBlockInputs) chunks *= 2;
+  while (2 * chunks * vlut_table_bytes<P, Lanes>() <= limit && 2 * chunks * P::kInputs <= kBlockInputs) chunks *= 2;
   return chunks;
 }
 
@@ -174,7 +199,7 @@ void vlut_tile(const uint32_t* codes, const int16_t* tables, const float* unit, 
   constexpr int kQuads = P::kPairs / 2;
   alignas(64) uint64_t offsets[CHUNKS][kQuads][2][kTileRows / 2];
   unroll<CHUNKS>(FLUTE_UNROLLED(i) {
-    const Words<P::kBits> words = P::prepare(load_chunk<P::kBits>(codes + i.value * P::kBits * kTileRows));
+    const auto words = P::load(codes + i.value * P::kVectors * kTileRows);
     unroll<kQuads>(FLUTE_UNROLLED(q) {
       const I16 even = P::template index<2 * q.value, kShift>(words), odd = P::template index<2 * q.value + 1, kShift>(words);
       store_words(offsets[i.value][q.value][0], interleave_low(even, odd));
@@ -222,15 +247,15 @@ void vlut_rows(const Call& call, const Blocks& blocks, int64_t begin, int64_t en
     for (chunks = 1; chunks < vlut_slice<P, Lanes>() && chunk + chunks < w.chunks && !blocks.begins(chunk + chunks); ++chunks) continue;
     if (chunks < vlut_slice<P, Lanes>()) chunks = 1;
     for (int64_t i = 0; i < chunks; ++i) {
-      vlut_tables<P, Lanes>(x + (chunk + i) * kChunk * T, book, tables + i * 2 * P::kPairs * P::kEntries * T);
+      vlut_tables<P, Lanes>(x + (chunk + i) * P::kInputs * T, book, tables + i * 2 * P::kPairs * P::kEntries * T);
     }
     const bool ends = blocks.begins(chunk + chunks) || chunk + chunks == w.chunks;
     const auto run = chunks == 1 ? vlut_tile<P, Lanes, 1> : vlut_tile<P, Lanes, vlut_slice<P, Lanes>()>;
     const int64_t group = chunk / blocks.group_chunks, block = blocks.block(chunk);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const uint32_t* codes = reinterpret_cast<const uint32_t*>(tile_data(w, tile)) + chunk * w.bits * kTileRows;
+      const uint32_t* codes = reinterpret_cast<const uint32_t*>(tile_data(w, tile)) + chunk * P::kVectors * kTileRows;
       // The next slice of this tile is wanted after all the other tiles.
-      for (int64_t j = 0; j < chunks * P::kBits; ++j) __builtin_prefetch(codes + (chunks * P::kBits + j) * kTileRows, 0, 2);
+      for (int64_t j = 0; j < chunks * P::kVectors; ++j) __builtin_prefetch(codes + (chunks * P::kVectors + j) * kTileRows, 0, 2);
       alignas(64) float scales[kTileRows];
       if (ends) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(tile_data(w, tile) + w.scale_offset) + group * kTileRows;
@@ -268,7 +293,7 @@ void vlut_tokens(const Call& call, int64_t m0, int64_t tokens) {
   constexpr int T = Lanes::kTokens;
   const Weights& w = call.w;
   const Blocks blocks(w);
-  const int64_t tiles = divide_up(tokens, T), inputs = w.chunks * kChunk * T, per_tile = inputs + blocks.count * T;
+  const int64_t tiles = divide_up(tokens, T), inputs = w.chunks * w.chunk_inputs * T, per_tile = inputs + blocks.count * T;
   float* prepared = static_cast<float*>(scratch(kInput, size_t(tiles * per_tile) * sizeof(float)));
   for_each(call.parallel, tiles * blocks.count, divide_up(tokens * w.k, 1 << 14), [&](int64_t i) {
     const int64_t tile = i / blocks.count, at = m0 + tile * T, count = m0 + tokens - at < T ? m0 + tokens - at : T;
@@ -284,10 +309,13 @@ void vlut_tokens(const Call& call, int64_t m0, int64_t tokens) {
     for (int64_t begin = i / tiles * part, end; begin < last; begin = end) {
       const float* book = tile_rows(w, begin).book;
       for (end = begin + 1; end < last && memcmp(tile_rows(w, end).book, book, kBookBytes) == 0;) ++end;
-      const auto run = w.ternary     ? vlut_choose<Lanes, Plan<2, true, 2>, Plan<2, true, 4>>
+      auto run = w.ternary           ? vlut_choose<Lanes, Plan<2, true, 2>, Plan<2, true, 4>>
                        : w.bits == 2 ? vlut_choose<Lanes, Plan<2, false, 2>, Plan<2, false, 4>>
                        : w.bits == 3 ? vlut_choose<Lanes, Plan<3, false, 2>, Plan<3, false, 2>>
                                      : vlut_choose<Lanes, Plan<4, false, 1>, Plan<4, false, 2>>;
+#ifdef __AVX2__
+      if (w.trits) run = vlut_choose<Lanes, TritPlan, TritPlan>;
+#endif
       run(call, blocks, begin, end, x, x + inputs, at, count);
     }
   });
@@ -295,7 +323,7 @@ void vlut_tokens(const Call& call, int64_t m0, int64_t tokens) {
 
 // Tokens whose inputs are prepared at a time: up to 512, fewer where they would pass 16 MB.
 int64_t vlut_limit(const Weights& w) {
-  const int64_t fit = (int64_t(16) << 20) / (w.chunks * kChunk * int64_t(sizeof(float))) / kMaxLanes * kMaxLanes;
+  const int64_t fit = (int64_t(16) << 20) / (w.chunks * w.chunk_inputs * int64_t(sizeof(float))) / kMaxLanes * kMaxLanes;
   return fit > 512 ? 512 : fit < kMaxLanes ? kMaxLanes : fit;
 }
 

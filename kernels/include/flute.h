@@ -22,7 +22,7 @@ constexpr int64_t kMagic = 0x464C555445;  // "FLUTE"
 constexpr int64_t kAbi = 1;
 enum HeaderField { kFieldMagic, kFieldAbi, kFieldLayout, kFieldBits, kFieldGroupSize, kFieldK, kFieldScaleDtype,
                    kFieldShards, kHeaderFixed };
-enum Layout : int64_t { kRows = 0, kTile16 = 1, kTernary16 = 2 };
+enum Layout : int64_t { kRows = 0, kTile16 = 1, kTernary16 = 2, kTrit20 = 3 };
 enum ScaleDtype : int64_t { kScaleBf16 = 0, kScaleF16 = 1 };
 enum Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of activations, bias and result
 
@@ -48,19 +48,29 @@ enum Dtype : int { kF32 = 0, kBf16 = 1, kF16 = 2 };  // of activations, bias and
 // crosses a 16-bit half, which lets kernels shift and look up in 32-bit or in 16-bit lanes alike.
 //
 // TERNARY16 is TILE16 of 2 bits for weights of three values: codes are 0, 1 or 2 (3, whose value is the same, became 2).
+//
+// TRIT20 has the same weights where a row has one scale, in 1.6 bits. It is TILE16 but for the codes: a chunk is 20
+// inputs and one vector of 16 uint32, K is padded to a multiple of 20, and the 16-bit halves of a word hold ten codes
+// each: the lower half those of inputs 0, 2 .. 18 of the chunk, the upper half those of 1, 3 .. 19, so that what is at one
+// place of both halves is a pair of neighbours. With v the number whose ten base-3 digits they are, the first the most
+// significant, a half is ceil(v * 2^16 / 3^10). As a fraction of 2^16 that is at least v / 3^10 and less than (v + 1) / 3^10: its first
+// ten base-3 digits are the codes. The upper half of its product with 3^n is the first n of them as a number, and the
+// lower half is the fraction that is left.
 constexpr int kTileRows = 16;
 constexpr int kChunk = 32;
+constexpr int kTritChunk = 20;
 constexpr int64_t kBookBytes = 16 * sizeof(float);
 
 // One layer's weights, as a valid header explains them.
 struct Weights {
   int bits;
   bool ternary;  // three values, and no code 3
+  bool trits;    // ternary, in layout TRIT20
   int64_t group_size, k, n, groups;
   ScaleDtype scale_dtype;
   const int64_t* shards;  // rows of each
   int64_t n_shards;
-  int64_t chunks, tiles, scale_offset, tile_bytes, bytes;  // scale_offset is within a tile
+  int64_t chunk_inputs, chunks, tiles, scale_offset, tile_bytes, bytes;  // scale_offset is within a tile
   const uint8_t* packed;
 };
 
@@ -86,6 +96,12 @@ static inline unsigned tile16_code(const uint32_t* chunk, int bits, int row, int
   if (k < 30) return word[k / 10 * 16] >> (k / 5 % 2 * 16 + k % 5 * 3) & 7;
   const int top = k == 30 ? 15 : 31;
   return (word[0] >> top & 1) | (word[16] >> top & 1) << 1 | (word[32] >> top & 1) << 2;
+}
+// The same for code k (0..19) of a chunk of TRIT20.
+static inline unsigned trit20_code(const uint32_t* chunk, int row, int k) {
+  uint32_t fraction = chunk[row] >> k % 2 * 16 & 0xffff;
+  for (int i = 0; i < k / 2; ++i) fraction = fraction * 3 & 0xffff;
+  return fraction * 3 >> 16;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -139,6 +155,7 @@ struct Kernel {
   const char* (*refuses)(const Weights& w, Dtype dtype);  // what it does not take, or null; every N, K and M is taken
   int64_t (*passes)(const Weights& w, int64_t m);  // how often a call with m tokens streams the packed bytes
   void (*run)(const Call& call);
+  bool trits = false;  // whether it takes layout TRIT20 too
 };
 
 // One list for each translation unit in cpu/, ended by a kernel without a name.

@@ -39,18 +39,20 @@ struct Case {
   int64_t k, group_size;
   std::vector<int64_t> shards;
   ScaleDtype scale_dtype;
-  bool ternary = false;
+  Layout layout = kTile16;
 };
 
-// Inputs are summed in 16 bits over blocks of up to 256 in a group, each product rounded by half a unit (vlut.inc.h).
+// Inputs are summed in 16 bits over blocks of up to 256 in a group, of 240 (whole chunks) in layout TRIT20, each product
+// rounded by half a unit (vlut.inc.h).
 double int16_error(const Weights& w, const double* x, const float* largest) {
+  const int64_t longest = w.trits ? 240 : 256;
   double error = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
-    for (int64_t begin = g * w.group_size; begin < (g + 1) * w.group_size; begin += 256) {
-      const int64_t size = std::min<int64_t>(256, (g + 1) * w.group_size - begin);
+    for (int64_t begin = g * w.group_size; begin < (g + 1) * w.group_size; begin += longest) {
+      const int64_t size = std::min(longest, (g + 1) * w.group_size - begin);
       double sum = 0;
       for (int64_t k = begin; k < begin + size; ++k) sum += std::fabs(x[k]);
-      error += largest[g] * sum / (32766 - 128) * double(size) / 2;
+      error += largest[g] * sum / (32766 - double(longest) / 2) * double(size) / 2;
     }
   }
   return error;
@@ -138,10 +140,10 @@ void check_call(const Weights& w, const std::vector<float>& weight, const std::v
 }
 
 void check_case(const Case& c) {
-  std::vector<int64_t> header = {kMagic, kAbi, c.ternary ? kTernary16 : kTile16, c.bits, c.group_size, c.k, c.scale_dtype, int64_t(c.shards.size())};
+  std::vector<int64_t> header = {kMagic, kAbi, c.layout, c.bits, c.group_size, c.k, c.scale_dtype, int64_t(c.shards.size())};
   header.insert(header.end(), c.shards.begin(), c.shards.end());
   Weights w = parse_header(header.data(), int64_t(header.size()));
-  const std::string name = std::to_string(c.bits) + (c.ternary ? " bits (ternary), N=" : " bits, N=") + std::to_string(w.n) + ", K=" + std::to_string(c.k) + ", group " + std::to_string(c.group_size);
+  const std::string name = std::to_string(c.bits) + " bits, layout " + std::to_string(c.layout) + ", N=" + std::to_string(w.n) + ", K=" + std::to_string(c.k) + ", group " + std::to_string(c.group_size);
   const int64_t row_bytes = c.k * c.bits / 8, size = int64_t(1) << c.bits;
   std::vector<uint8_t> qweight(w.n * row_bytes);
   std::vector<uint16_t> scales(w.n * w.groups);
@@ -149,7 +151,7 @@ void check_case(const Case& c) {
   for (auto& v : qweight) v = uint8_t(random32());
   for (auto& v : scales) v = c.scale_dtype == kScaleF16 ? f32_to_f16(uniform()) : f32_to_bf16(uniform());
   for (auto& v : books) v = uniform();
-  for (int64_t s = 0; c.ternary && s < w.n_shards; ++s) books[4 * s + 3] = books[4 * s + 2];
+  for (int64_t s = 0; w.ternary && s < w.n_shards; ++s) books[4 * s + 3] = books[4 * s + 2];
 
   const Parallel parallel{2, run_threads};
   // Exactly as large as promised: a sanitizer sees a byte read or written beyond.
@@ -160,7 +162,7 @@ void check_case(const Case& c) {
   std::vector<uint16_t> scales2(scales.size());
   std::vector<float> books2(books.size());
   unpack(w, qweight2.data(), scales2.data(), books2.data(), parallel);
-  if (c.ternary) {
+  if (w.ternary) {
     for (auto& v : qweight) v &= uint8_t(~(v >> 1 & 0x55));  // code 3 is stored as 2
   }
   expect(qweight == qweight2 && scales == scales2 && books == books2, "pack and unpack, " + name);
@@ -220,6 +222,45 @@ void check_special_values() {
   }
 }
 
+// Every number of ten codes there and back, its fraction, and that no kernel takes the layout who does not say so.
+void check_trits() {
+  const std::vector<int64_t> header = {kMagic, kAbi, kTrit20, 2, 40, 40, kScaleBf16, 1, 29525};
+  Weights w = parse_header(header.data(), int64_t(header.size()));
+  std::vector<uint8_t> qweight(w.n * w.k / 4), back(qweight.size()), packed(w.bytes);
+  std::vector<uint16_t> scales(w.n, 0x3f80);
+  const std::vector<float> book = {-1, 0, 1, 1};
+  std::vector<float> book_back(4);
+  // A row has four numbers: of the even and of the odd inputs of two chunks.
+  const auto number = [](int64_t n, int64_t k) { return n + k / 20 * 29524 + k % 2; };
+  for (int64_t n = 0; n < w.n; ++n) {
+    for (int64_t k = 0; k < w.k; ++k) {
+      int64_t digits = number(n, k) % 59049;
+      for (int64_t i = k % 20 / 2; i < 9; ++i) digits /= 3;
+      qweight[n * w.k / 4 + k / 4] |= uint8_t(digits % 3 << k % 4 * 2);
+    }
+  }
+  pack(w, qweight.data(), scales.data(), book.data(), packed.data(), {2, run_threads});
+  w.packed = packed.data();
+  unpack(w, back.data(), scales.data(), book_back.data(), {2, run_threads});
+  expect(qweight == back && book == book_back, "every number of ten trits");
+  bool exact = true;
+  for (int64_t n = 0; n < w.n; ++n) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(tile_data(w, n / kTileRows)) + n % kTileRows;
+    for (int64_t k : {0, 1, 20, 21}) {
+      exact &= (words[k / 20 * kTileRows] >> k % 2 * 16 & 0xffff) == (number(n, k) % 59049 * 65536 + 59048) / 59049;
+    }
+  }
+  expect(exact, "fractions of trits");
+  for (const Kernel* const* kernel = all_kernels(); *kernel; ++kernel) {
+    try {
+      choose(w, 1, kBf16, (*kernel)->name);
+      expect((*kernel)->trits, std::string((*kernel)->name) + " takes trit20");
+    } catch (const std::invalid_argument& e) {
+      expect((*kernel)->trits || std::string(e.what()).find("trit20") != std::string::npos || std::string(e.what()).find("no ") != std::string::npos, e.what());
+    }
+  }
+}
+
 void check_refused(std::vector<int64_t> header, int field, int64_t value) {
   header[field] = value;
   try {
@@ -245,6 +286,7 @@ int main() {
   std::printf("%s\n", flute_cpu_describe());
   check_conversions();
   check_special_values();
+  check_trits();
   for (int bits = 2; bits <= 4; ++bits) {
     for (const ScaleDtype scale_dtype : {kScaleBf16, kScaleF16}) {
       for (const Case& c : std::vector<Case>{{bits, 8, 8, {1}, scale_dtype},
@@ -260,9 +302,16 @@ int main() {
         check_case(c);
         if (bits == 2) {
           Case ternary = c;
-          ternary.ternary = true;
+          ternary.layout = kTernary16;
           check_case(ternary);
         }
+      }
+      if (bits > 2) continue;
+      for (const int64_t k : {8, 16, 24, 40, 80, 120, 264, 480, 576, 4104}) {
+        std::vector<int64_t> shards = {1 + k % 37};
+        if (k % 3 == 0) shards.insert(shards.end(), {16, 5});
+        if (k == 576) shards.push_back(1030);
+        check_case({2, k, k, shards, scale_dtype, kTrit20});
       }
     }
   }
@@ -275,6 +324,9 @@ int main() {
   for (const auto& b : bad) {
     for (const int64_t value : b.values) check_refused(header, b.field, value);
   }
+  const std::vector<int64_t> trits = {kMagic, kAbi, kTrit20, 2, 64, 64, 0, 1, 16};
+  check_refused(trits, kFieldBits, 3);
+  check_refused(trits, kFieldGroupSize, 32);
   expect(!compared.empty(), "no kernel can run");
   for (const auto& [name, calls] : compared) std::printf("%s: %d calls\n", name.c_str(), calls);
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
