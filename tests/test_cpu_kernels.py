@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm_flute import LutTensor, counters, ops, reference
 from vllm_flute.backends import cpu
 from vllm_flute.dispatch import pack_parts
-from vllm_flute.layout import TILE16, Layout
+from vllm_flute.layout import TERNARY16, TILE16, TRIT20, Layout
 from vllm_flute.packing import pack_codes
 
 # Every installation builds it, on any CPU: without it these tests fail, they do not skip.
@@ -46,6 +46,10 @@ def need(kernel: str) -> None:
         pytest.skip(f"{kernel}: {item.why}")
 
 
+# Which kernels take layout TRIT20; each of the others has its 2 bits.
+TRITS = ("reference", "gemv-avx2", "gemv-avx512", "gemv-avx512bf16", "vlut-avx2", "vlut-avx512")
+
+
 def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
     if kernel in (*INT16, "gemv-avx512bf16") and group_size % 32 and group_size != k:
         return False
@@ -53,14 +57,15 @@ def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
 
 
 def make(n, k, bits, group_size, scale_dtype=torch.bfloat16, shards=None, seed=0):
-    """Random shards, a codebook each: (LutTensors, packed, header). bits=1: ternary, of 2 bits."""
+    """Random shards, a codebook each: (LutTensors, packed, header). bits=1: ternary, of 2 bits; 1.6: as TRIT20."""
     return _make(n, k, bits, group_size, scale_dtype, shards and tuple(shards), seed)
 
 
 @functools.lru_cache(maxsize=64)
 def _make(n, k, bits, group_size, scale_dtype, shards, seed):
     g = torch.Generator().manual_seed(seed)
-    ternary, bits = bits == 1, max(bits, 2)
+    layout = {1: TERNARY16, 1.6: TRIT20}.get(bits, TILE16)
+    ternary, bits = bits < 2, max(bits, 2)
     parts = [
         LutTensor(
             pack_codes(torch.randint(2**bits, (rows, k), generator=g, dtype=torch.uint8), bits),
@@ -69,25 +74,33 @@ def _make(n, k, bits, group_size, scale_dtype, shards, seed):
         )
         for rows in shards or [n]
     ]
-    packed, header = pack_parts(
-        torch.cat([t.qweight for t in parts]),
-        torch.cat([t.scales for t in parts]),
-        torch.stack([t.codebook for t in parts]),
-        group_size,
-        [t.shape[0] for t in parts],
+    return parts, *pack_as(layout, parts)
+
+
+def pack_as(layout, parts):
+    """(packed, header) of shards in this layout, whatever `pack_parts` takes on this CPU."""
+    spec = Layout(
+        layout,
+        parts[0].bits,
+        parts[0].group_size,
+        parts[0].shape[1],
+        parts[0].scales.dtype,
+        tuple(t.shape[0] for t in parts),
     )
-    return parts, packed, header
+    tensors = [t.qweight for t in parts], [t.scales for t in parts], [t.codebook[None] for t in parts]
+    header = spec.header()
+    return ops.lut_pack_op(*(torch.cat(each) for each in tensors), header), header
 
 
-def int16_error(x, parts):
+def int16_error(x, parts, longest):
     """What 16-bit sums may add to each output (kernels/cpu/vlut.inc.h).
 
-    In a block of B inputs (a group, or up to 256 of a longer one) each product of an input and a codebook value is
-    rounded by half a unit, which is sum |x| * max |codebook| / (32766 - B/2).
+    In a block of B inputs (a group, or up to 256 of a longer one: 240, whole chunks, in layout TRIT20) each product of
+    an input and a codebook value is rounded by half a unit, which is sum |x| * max |codebook| / (32766 - B/2).
     """
     group_size = parts[0].group_size
     blocks = [
-        [b.shape[-1] / 2 * b.sum(-1) / (32766 - 128) for b in g.split(256, -1)]
+        [b.shape[-1] / 2 * b.sum(-1) / (32766 - longest / 2) for b in g.split(longest, -1)]
         for g in x.double().abs().split(group_size, -1)
     ]
     halves = torch.stack([sum(group) for group in blocks], -1)
@@ -112,7 +125,7 @@ def int8_error(x, parts):
     return dx @ weight.T + x.double().abs() @ dw.T + dx @ dw.T
 
 
-def check(y, x, parts, bias, kernel):
+def check(y, x, parts, bias, kernel, trits=False):
     """y against the oracle's weights in fp64, within what the arithmetic allows.
 
     A sum of K products in fp32, each product and each addition rounded, is off by at most (K + 8) * 2^-24 of the sum of
@@ -126,7 +139,7 @@ def check(y, x, parts, bias, kernel):
     unit, smallest = {torch.float32: (0, 0), torch.bfloat16: (2**-8, 0), torch.float16: (2**-11, 2**-24)}[y.dtype]
     sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if kernel in ROUNDS_WEIGHTS else 0))
     if kernel in INT16:
-        sums = sums + int16_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
+        sums = sums + int16_error(x, parts, 240 if trits else 256) * (1 + (x.shape[-1] + 8) * 2**-24)
     if kernel in INT8:
         sums = sums + int8_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
     bound = sums + (exact.abs() + sums) * unit + smallest
@@ -143,7 +156,7 @@ def run_and_check(kernel, n, k, bits, group_size, m, dtype, scale_dtype=torch.bf
     b = torch.randn(n, generator=g).to(dtype) if bias else None
     y = ops.lut_linear_op(x, packed, header, b, n, kernel)
     assert y.dtype == dtype and y.is_contiguous()
-    check(y, x, parts, b, kernel)
+    check(y, x, parts, b, kernel, bits == 1.6)
 
 
 GROUPS = {8: (8,), 24: (8, 24), 32: (8, 16, 32), 40: (8, 40), 64: (16, 32, 64), 96: (24, 32, 48, 96)}
@@ -195,6 +208,106 @@ def test_long_sums(kernel):
     run_and_check(kernel, 20, 14336, 2, 128, 2, torch.bfloat16)
 
 
+# ---- layout TRIT20 ----
+
+
+@each_kernel
+@pytest.mark.parametrize("k", [8, 16, 24, 40, 120, 264, 480, 576, 4104])
+def test_trits_of_every_size(kernel, k):
+    need(kernel)
+    if kernel not in TRITS:
+        _, packed, header = make(17, k, 1.6, k)
+        with pytest.raises(RuntimeError, match=f"{kernel}.*does not take layout trit20"):
+            ops.lut_linear_op(torch.zeros(1, k).bfloat16(), packed, header, None, 17, kernel)
+        return
+    for i, (n, m) in enumerate(((17, 1), (1, 2), (40, 3), (100, 4), (17, 8), (33, 13), (48, 33), (20, 70))):
+        for j, dtype in enumerate(DTYPES):
+            if takes(kernel, dtype, k, k):
+                run_and_check(kernel, n, k, 1.6, k, m, dtype, DTYPES[1 + (i + j) % 2], bias=m % 2 == 0)
+    for shards in ([16, 16], [1, 1, 1], [33, 5, 48]):
+        run_and_check(kernel, None, k, 1.6, k, 7, torch.bfloat16, shards=shards)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_trits_there_and_back(data):
+    k = 8 * data.draw(st.integers(1, 80))
+    shards = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    scale_dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    parts, packed, header = make(None, k, 1.6, k, scale_dtype, shards, data.draw(st.integers(0, 1000)))
+    qweight, scales, codebooks = ops.lut_unpack_op(packed, header)
+    expected = torch.cat([t.qweight for t in parts])
+    assert torch.equal(qweight, expected & ~(expected >> 1 & 0x55))  # code 3 became 2
+    assert torch.equal(scales, torch.cat([t.scales for t in parts])) and scales.dtype == scale_dtype
+    assert torch.equal(codebooks, torch.stack([t.codebook for t in parts]))
+
+
+def test_trits_of_one_code_at_a_time():
+    codes = torch.randint(3, (16, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.cat([codes, codes[:, :4]], 1)
+    t = LutTensor.from_codes(codes, torch.ones(16, 1, dtype=torch.bfloat16), torch.tensor([0.0, 1, 2, 2]))
+    packed, header = pack_as(TRIT20, [t])
+    for kernel in KERNELS:
+        if kernel.available and kernel.name in TRITS:
+            y = ops.lut_linear_op(torch.eye(64, dtype=torch.bfloat16), packed, header, None, 16, kernel.name)
+            assert torch.equal(y, codes.T.to(torch.bfloat16)), kernel.name
+
+
+def test_trits_take_little_memory():
+    _, packed, _ = make(1536, 4096, 1.6, 4096)
+    assert packed.numel() <= 1.05 * 1.6 / 8 * 1536 * 4096
+
+
+def test_which_ternary_weights_are_trits():
+    book = torch.tensor([[-1.0, 0, 1, 1]])
+    assert cpu.layout(book) == TERNARY16 and cpu.layout(torch.zeros(1, 16), True) == TILE16
+    assert cpu.layout(torch.tensor([[-1.0, 0, 1, 2]]), True) == TILE16
+    for isa, activations, layout in (("scalar", "", TERNARY16), ("", "int8", TERNARY16), ("avx512bf16", "", TRIT20)):
+        if isa != "avx512bf16" or any(k.isa == isa and k.available for k in KERNELS):
+            assert ternary_in_a_process(isa, activations)[0] == layout
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_trits_on_every_isa(isa):
+    if isa != "scalar" and not any(k.isa == isa and k.available for k in KERNELS):
+        pytest.skip(f"this CPU has no {isa}")
+    _, result, names = ternary_in_a_process(isa, "")
+    assert set(names) <= set(TRITS) and (names == ["reference"] * 3) == (isa == "scalar")
+    _, oracle, _ = ternary_in_a_process("scalar", "")
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(oracle), rtol=1e-5, atol=1e-4)
+
+
+TERNARY_IN_A_PROCESS = """
+import json, torch
+from vllm_flute import ops
+from vllm_flute.backends import cpu
+from vllm_flute.dispatch import pack_parts
+from vllm_flute.layout import TRIT20, Layout
+torch.manual_seed(0)
+q, s, c = torch.randint(256, (24, 66), dtype=torch.uint8), torch.rand(24, 1).to(torch.bfloat16), torch.randn(1, 3)
+parts = q, s, torch.cat([c, c[:, 2:]], 1)
+_, chosen = pack_parts(*parts, 264, [24])
+header = Layout(TRIT20, 2, 264, 264, torch.bfloat16, (24,)).header()
+packed, result, names = ops.lut_pack_op(*parts, header), [], []
+for m in (1, 7, 70):
+    result += ops.lut_linear_op(torch.randn(m, 264), packed, header, None, 24, "").flatten().tolist()
+    names.append(cpu.choose(header, m, torch.float32))
+print(json.dumps([Layout.read(chosen).layout, result, names]))
+"""
+
+
+@functools.cache
+def ternary_in_a_process(isa: str, activations: str):
+    env = os.environ | {"VLLM_FLUTE_ISA": isa, "VLLM_FLUTE_ACTIVATIONS": activations}
+    script = [sys.executable, "-c", TERNARY_IN_A_PROCESS]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- choices, and what holds for every layout ----
+
+
 def test_default_kernel_on_every_layer():
     for bits in (2, 3, 4):
         for k, sizes in GROUPS.items():
@@ -225,17 +338,14 @@ def test_many_rows(kernel, bits, k, group_size):
     parts, _, _ = make(2100, k, bits, group_size)
     other, _, _ = make(40, k, bits, group_size, seed=1)
     parts = [*parts, *other, *(LutTensor(t.qweight.clone(), t.scales, t.codebook) for t in other)]
-    packed, header = pack_parts(
-        torch.cat([t.qweight for t in parts]),
-        torch.cat([t.scales for t in parts]),
-        torch.stack([t.codebook for t in parts]),
-        group_size,
-        [t.shape[0] for t in parts],
-    )
-    for m in (7, 13, 40):
-        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
-        y = ops.lut_linear_op(x, packed, header, None, 2180, kernel)
-        check(y, x, parts, None, kernel)
+    for layout in (TERNARY16, TRIT20) if bits == 1 else (TILE16,):
+        if layout == TRIT20 and (kernel not in TRITS or group_size != k):
+            continue
+        packed, header = pack_as(layout, parts)
+        for m in (7, 13, 40):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+            y = ops.lut_linear_op(x, packed, header, None, 2180, kernel)
+            check(y, x, parts, None, kernel, layout == TRIT20)
 
 
 @each_kernel
@@ -250,14 +360,17 @@ def test_sums_do_not_wrap(kernel, bits, k):
     codes = torch.full((32, k), len(book) - 1, dtype=torch.uint8)
     codes[::2] = 0
     t = LutTensor.from_codes(codes, torch.ones(32, 1, dtype=torch.bfloat16), book)
-    packed, header = pack_parts(t.qweight, t.scales, t.codebook[None], k, [32])
     x = torch.ones(33, k)
     x[1], x[2], x[3, 5] = -6e4 / k, 1e-3, 1e4
     x[4] = 0
-    for dtype in DTYPES:
-        if takes(kernel, dtype, k, k):
-            y = ops.lut_linear_op(x.to(dtype), packed, header, None, 32, kernel)
-            check(y, x.to(dtype), [t], None, kernel)
+    for layout in (TERNARY16, TRIT20) if bits == 1 else (TILE16,):
+        if layout == TRIT20 and kernel not in TRITS:
+            continue
+        packed, header = pack_as(layout, [t])
+        for dtype in DTYPES:
+            if takes(kernel, dtype, k, k):
+                y = ops.lut_linear_op(x.to(dtype), packed, header, None, 32, kernel)
+                check(y, x.to(dtype), [t], None, kernel, layout == TRIT20)
 
 
 @pytest.mark.parametrize("kernel", [k.name for k in KERNELS if k.arithmetic in ("int16", "int8")])
@@ -459,6 +572,15 @@ def test_refusals():
         with pytest.raises(RuntimeError, match=message) as error:
             ops.lut_linear_op(**(good | change))
         assert str(error.value).splitlines()[0].startswith("vllm_flute: ")
+    _, packed, header = make(24, 192, 1.6, 192)
+    for change, message in (
+        (dict(header=changed(header, 3, 3)), "3 bits, expected 2"),
+        (dict(header=changed(header, 4, 96)), "2 scales a row, expected 1"),
+        (dict(header=changed(header, 2, 2)), "bytes"),
+        (dict(header=changed(header, 2, 4)), "layout 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.lut_linear_op(**(good | dict(packed=packed, header=header) | change))
     for name in ROUNDS_WEIGHTS:
         if not next(k for k in KERNELS if k.name == name).available:
             continue

@@ -67,7 +67,7 @@ def pack_parts(qweight, scales, codebooks, group_size: int, shards) -> tuple[tor
         shards: output rows of each shard; they sum to N.
     """
     bits = codebooks.shape[1].bit_length() - 1
-    layout = backend(qweight.device.type)[0].layout(codebooks)
+    layout = backend(qweight.device.type)[0].layout(codebooks, scales.shape[1] == 1)
     spec = Layout(layout, bits, group_size, qweight.shape[1] * 8 // bits, scales.dtype, tuple(shards))
     header = spec.header()
     return lut_pack_op(qweight.contiguous(), scales.contiguous(), codebooks.contiguous(), header), header

@@ -20,7 +20,7 @@ def kernels() -> list[Kernel]:
     return [Kernel(NAME, "torch", "weights in the dtype of x", SLOT, True, "")]
 
 
-def layout(codebooks: torch.Tensor) -> int:
+def layout(codebooks: torch.Tensor, one_scale: bool = False) -> int:
     """The layout to pack weights in."""
     return ROWS
 
