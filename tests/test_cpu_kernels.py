@@ -95,8 +95,8 @@ def pack_as(layout, parts):
 def int16_error(x, parts, longest):
     """What 16-bit sums may add to each output (kernels/cpu/vlut.inc.h).
 
-    In a block of B inputs (a group, or up to 256 of a longer one: 240, whole chunks, in layout TRIT20) each product of
-    an input and a codebook value is rounded by half a unit, which is sum |x| * max |codebook| / (32766 - B/2).
+    In a block of B inputs (a group, or up to 128 of a longer one, 160 in layout TRIT20) each product of an input
+    and a codebook value is rounded by half a unit, which is sum |x| * max |codebook| / (32766 - B/2).
     """
     group_size = parts[0].group_size
     blocks = [
@@ -139,7 +139,7 @@ def check(y, x, parts, bias, kernel, trits=False):
     unit, smallest = {torch.float32: (0, 0), torch.bfloat16: (2**-8, 0), torch.float16: (2**-11, 2**-24)}[y.dtype]
     sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if kernel in ROUNDS_WEIGHTS else 0))
     if kernel in INT16:
-        sums = sums + int16_error(x, parts, 240 if trits else 256) * (1 + (x.shape[-1] + 8) * 2**-24)
+        sums = sums + int16_error(x, parts, 160 if trits else 128) * (1 + (x.shape[-1] + 8) * 2**-24)
     if kernel in INT8:
         sums = sums + int8_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
     bound = sums + (exact.abs() + sums) * unit + smallest

@@ -112,9 +112,10 @@ struct Registry {
     return w.trits && !kernel.trits ? "layout trit20" : kernel.refuses(w, dtype);
   }
 
-  // Whether the dispatcher may choose it of its own accord.
+  // Whether the dispatcher may choose it of its own accord: int8 where asked, and for fp32 inputs nothing that rounds.
   bool may_take(const Kernel& kernel, const Weights& w, Dtype dtype) const {
-    return lacks(kernel).empty() && (int8 || kernel.arithmetic != kInt8) && !refuses(kernel, w, dtype);
+    if (kernel.arithmetic == kInt8 ? !int8 : dtype == kF32 && kernel.arithmetic != kFp32) return false;
+    return lacks(kernel).empty() && !refuses(kernel, w, dtype);
   }
 
   std::string available() const {
@@ -166,20 +167,44 @@ uint64_t* page = private_page;
 const TableLine* table = nullptr;
 int64_t table_lines = 0;
 
-// The analytic default: the first of its list that runs here, takes the call, and is meant for so many tokens. The
-// limits are crossings measured with benchmarks/cpu_linear.py: below them reading weights is what costs, and gemv
-// reads them best; from there on a decoded block pays. NEON's is reckoned from its instructions, not measured.
+// The analytic default: the first of its list that runs here, takes the call, and is meant for so few tokens. The limits
+// are crossings measured with `vllm-flute bench kernels` on Zen 4: for few tokens reading weights is what costs, and gemv
+// reads them best; for more, vector LUT gives most operations a cycle where a table's row serves several weights, and
+// decoded blocks where it does not: 4 bits beside bf16 multiply-adds. Those of NEON and AMX are reckoned, not measured.
+constexpr int64_t kMany = INT64_MAX;
 constexpr struct {
   const char* name;
-  int64_t below;  // tokens
+  int64_t below[4];  // tokens, for ternary weights and 2, 3, 4 bits
 } kPreference[] = {
-    // Only where VLLM_FLUTE_ACTIVATIONS asks for int8. No kernel of AMX has been timed: 16 tokens fill its tiles.
-    {"dot8-avx512vnni", 16}, {"tile-amxint8", INT64_MAX},    {"dot8-avx512vnni", INT64_MAX},
-    {"gemv-avx512bf16", 16}, {"tile-amxbf16", INT64_MAX},
-    {"gemv-avx512bf16", 65}, {"tile-avx512bf16", INT64_MAX}, {"gemv-avx512", 65}, {"tile-avx512", INT64_MAX},
-    {"gemv-avx2", 9},        {"tile-avx2", INT64_MAX},       {"gemv-neon", 9},     {"tile-neon", INT64_MAX},
-    // What tiles do not take: trit20.
-    {"gemv-avx512bf16", INT64_MAX}, {"gemv-avx512", INT64_MAX}, {"gemv-avx2", INT64_MAX}, {"reference", INT64_MAX},
+    // Only where VLLM_FLUTE_ACTIVATIONS asks for int8. Sixteen tokens fill the tiles of AMX.
+    {"dot8-avx512vnni", {16, 16, 16, 16}},
+    {"tile-amxint8", {kMany, kMany, kMany, kMany}},
+    {"dot8-avx512vnni", {kMany, kMany, kMany, kMany}},
+
+    {"gemv-avx512bf16", {10, 16, 16, 16}},
+    {"tile-amxbf16", {kMany, kMany, kMany, kMany}},
+    {"gemv-avx512bf16", {10, 24, 32, 65}},
+    {"tile-avx512bf16", {0, 0, 0, kMany}},
+    {"gemv-avx512", {8, 8, 9, 17}},
+    {"vlut-avx512", {kMany, kMany, kMany, kMany}},
+    {"tile-avx512bf16", {kMany, kMany, kMany, kMany}},
+    {"gemv-avx512", {65, 65, 65, 65}},
+    {"tile-avx512", {kMany, kMany, kMany, kMany}},
+
+    {"gemv-avx2", {5, 6, 8, 8}},
+    {"vlut-avx2", {kMany, kMany, kMany, kMany}},
+    {"gemv-avx2", {9, 9, 9, 9}},
+    {"tile-avx2", {kMany, kMany, kMany, kMany}},
+
+    {"gemv-neon", {9, 9, 17, 9}},
+    {"vlut-neon", {kMany, kMany, kMany, 0}},
+    {"gemv-neon", {9, 9, 9, 9}},
+    {"tile-neon", {kMany, kMany, kMany, kMany}},
+
+    // What tiles do not take: trit20 in fp32.
+    {"gemv-avx512", {kMany, kMany, kMany, kMany}},
+    {"gemv-avx2", {kMany, kMany, kMany, kMany}},
+    {"reference", {kMany, kMany, kMany, kMany}},
 };
 
 }  // namespace
@@ -218,7 +243,7 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
     }
     for (const auto& preferred : kPreference) {
       kernel = r.find(preferred.name);
-      if (kernel && m < preferred.below && r.may_take(*kernel, w, dtype)) break;
+      if (kernel && m < preferred.below[bits - 1] && r.may_take(*kernel, w, dtype)) break;
     }
   }
   std::string why = !kernel ? "there is no such kernel" : r.lacks(*kernel);

@@ -42,10 +42,10 @@ struct Case {
   Layout layout = kTile16;
 };
 
-// Inputs are summed in 16 bits over blocks of up to 256 in a group, of 240 (whole chunks) in layout TRIT20, each product
+// Inputs are summed in 16 bits over blocks of up to 128 in a group, of 160 in layout TRIT20, each product
 // rounded by half a unit (vlut.inc.h).
 double int16_error(const Weights& w, const double* x, const float* largest) {
-  const int64_t longest = w.trits ? 240 : 256;
+  const int64_t longest = w.trits ? 160 : 128;
   double error = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     for (int64_t begin = g * w.group_size; begin < (g + 1) * w.group_size; begin += longest) {
