@@ -106,7 +106,7 @@ void trit_tile(const Weights& w, const uint8_t* tile, const float* codebook, con
   };
   if (kTritAhead) make(codes);
   for (int64_t chunk = 0; chunk < w.chunks; ++chunk, codes += kTileRows, x += kTritChunk) {
-    __builtin_prefetch((const char*)codes + kPrefetch);
+    prefetch_codes(codes);
     I16 numbers[kNumbers];
     if (!kTritAhead) make(codes);
     unroll<kNumbers>(FLUTE_UNROLLED(n) { numbers[n.value] = next[n.value]; });
