@@ -17,7 +17,7 @@ from pathlib import Path
 def run(program: Path, model: Path, threads: int, prompt: int, tokens: int, streams: list[int]) -> list[dict]:
     """The lines that llama-batched-bench prints for one model."""
     context = max(prompt + tokens, max(streams) * (16 + tokens))
-    command = [program, "-m", model, "-t", threads, "-c", context, "-b", 2048, "-ub", 512, "-fa", "on", "--no-warmup"]
+    command = [program, "-m", model, "-t", threads, "-c", context, "-b", 2048, "-ub", 512, "-fa", "on"]
     command += ["--output-format", "jsonl"]
     lines = []
     for npp, npl in ((prompt, [1]), (16, streams)):
