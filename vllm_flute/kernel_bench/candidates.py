@@ -96,7 +96,7 @@ class Rotation:
 
 
 def random_weight(kind: str, n: int, k: int, group_size: int) -> LutTensor:
-    """``[n, k]`` of a kind, with a random codebook; ternary: -1, 0 and 1, and one scale a row, as all peers can hold."""
+    """``[n, k]`` of a kind, with a random codebook; ternary: -1, 0, 1 and one scale a row, as all peers can hold."""
     ternary = kind == "ternary"
     group_size = k if ternary else group_size
     bits = 2 if ternary else int(kind)
