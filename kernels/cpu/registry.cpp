@@ -183,7 +183,7 @@ constexpr struct {
 
     {"gemv-avx512bf16", {10, 16, 16, 16}},
     {"tile-amxbf16", {kMany, kMany, kMany, kMany}},
-    {"gemv-avx512bf16", {10, 24, 32, 65}},
+    {"gemv-avx512bf16", {10, 24, 64, 65}},
     {"tile-avx512bf16", {0, 0, 0, kMany}},
     {"gemv-avx512", {8, 8, 9, 17}},
     {"vlut-avx512", {kMany, kMany, kMany, kMany}},
