@@ -92,6 +92,26 @@ GemvTile<Math> gemv_for(const Weights& w, int m) {
 
 int64_t gemv_passes(const Weights&, int64_t m) { return divide_up(m, kGemvTokens); }
 
+// Every tile of y for tokens [m0, m0 + tokens): sum_tile(rows, tile, m, count, sums) is for `count` tokens from m0 + m on.
+template <class F>
+void gemv_tiles(const Call& call, int64_t m0, int64_t tokens, const F& sum_tile) {
+  const Weights& w = call.w;
+  const int64_t workers = divide_up(w.bytes * divide_up(tokens, 4), kBytesPerWorker);
+  for_each(call.parallel, w.tiles, workers, [&](int64_t tile) {
+    const TileRows rows = tile_rows(w, tile);
+    const F16 bias = call.bias ? load_lanes(call.bias, rows.first, rows.count, call.dtype) : zero();
+    for (int64_t m = 0; m < tokens; m += kMaxTokens) {
+      const int now = int(tokens - m < kMaxTokens ? tokens - m : kMaxTokens);
+      float sums[kMaxTokens * kTileRows];
+      sum_tile(rows, tile, m, now, sums);
+      for (int i = 0; i < now; ++i) {
+        const F16 y = add(load(sums + i * kTileRows), bias);
+        store_lanes(call.y, (m0 + m + i) * w.n + rows.first, rows.count, call.dtype, y);
+      }
+    }
+  });
+}
+
 template <class Math>
 void gemv_run(const Call& call) {
   using X = typename Math::X;
@@ -107,19 +127,8 @@ void gemv_run(const Call& call) {
         Math::arrange(x + m * stride + k, call.x, (m0 + m) * w.k + k, int(count), call.dtype, w.bits);
       }
     }
-    const int64_t workers = divide_up(w.bytes * divide_up(tokens, 4), kBytesPerWorker);
-    for_each(call.parallel, w.tiles, workers, [&](int64_t tile) {
-      const TileRows rows = tile_rows(w, tile);
-      const F16 bias = call.bias ? load_lanes(call.bias, rows.first, rows.count, call.dtype) : zero();
-      for (int64_t m = 0; m < tokens; m += kMaxTokens) {
-        const int now = int(tokens - m < kMaxTokens ? tokens - m : kMaxTokens);
-        float sums[kMaxTokens * kTileRows];
-        gemv_for<Math>(w, now)(w, tile_data(w, tile), rows.book, x + m * stride, stride, sums);
-        for (int i = 0; i < now; ++i) {
-          const F16 y = add(load(sums + i * kTileRows), bias);
-          store_lanes(call.y, (m0 + m + i) * w.n + rows.first, rows.count, call.dtype, y);
-        }
-      }
+    gemv_tiles(call, m0, tokens, [&](const TileRows& rows, int64_t tile, int64_t m, int now, float* sums) {
+      gemv_for<Math>(w, now)(w, tile_data(w, tile), rows.book, x + m * stride, stride, sums);
     });
   }
 }

@@ -163,20 +163,9 @@ void gemv_or_trit_run(const Call& call) {
       }
       memset(row + w.k, 0, size_t(inputs - w.k) * sizeof(X));
     }
-    const int64_t workers = divide_up(w.bytes * divide_up(tokens, 4), kBytesPerWorker);
-    for_each(call.parallel, w.tiles, workers, [&](int64_t tile) {
-      const TileRows rows = tile_rows(w, tile);
-      const F16 bias = call.bias ? load_lanes(call.bias, rows.first, rows.count, call.dtype) : zero();
-      for (int64_t m = 0; m < tokens; m += kMaxTokens) {
-        const int now = int(tokens - m < kMaxTokens ? tokens - m : kMaxTokens);
-        const auto run = trit_for<Trits>(now, std::make_integer_sequence<int, kMaxTokens>{});
-        float sums[kMaxTokens * kTileRows];
-        run(w, tile_data(w, tile), rows.book, x + m * stride, stride, sums);
-        for (int i = 0; i < now; ++i) {
-          const F16 y = add(load(sums + i * kTileRows), bias);
-          store_lanes(call.y, (m0 + m + i) * w.n + rows.first, rows.count, call.dtype, y);
-        }
-      }
+    gemv_tiles(call, m0, tokens, [&](const TileRows& rows, int64_t tile, int64_t m, int now, float* sums) {
+      const auto run = trit_for<Trits>(now, std::make_integer_sequence<int, kMaxTokens>{});
+      run(w, tile_data(w, tile), rows.book, x + m * stride, stride, sums);
     });
   }
 }
