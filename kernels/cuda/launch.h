@@ -1,0 +1,47 @@
+// The contract between the GPU kernels' host launchers and their callers (torch's operators, tests, benchmarks): no
+// torch, no CUDA header. Every launcher is asynchronous, allocates nothing, never waits for the device and reads nothing
+// from it, so that a CUDA graph can capture it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace flute::cuda {
+
+// What a launcher has to know of the device; the caller reads it once.
+struct Device {
+  int arch;          // compute capability: 80, 89, 90, 100, 120
+  int sms;           // multiprocessors
+  int shared_bytes;  // that a block may have (opt-in)
+};
+
+// y[M, N] = x[M, K] W^T + bias[N]; x, y and bias of one 16-bit type, contiguous, x and packed 16-byte aligned.
+struct Gemm {
+  Packed w;
+  const uint8_t* packed;
+  const void* x;
+  const void* bias;  // or null
+  void* y;
+  int m;
+  int f16;          // x, y and bias are fp16; else bf16
+  void* workspace;  // workspace_bytes(device) of it; its first kCounterBytes are zero before the first call, and again after every
+  Device device;
+  void* stream;     // cudaStream_t
+};
+
+// A stream's calls share one workspace, of a size that depends on the device alone.
+constexpr size_t kCounterBytes = 64 * 1024;
+size_t workspace_bytes(const Device& device);
+
+// Each returns null, or one line that says what failed (CUDA's own words).
+const char* run_mma(const Gemm& call);      // any arch from 80, any M; meant for M <= 32 (K1)
+const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
+const char* run_dequantize(const Packed& w, const uint8_t* packed, int64_t first_row, int64_t rows, int f16, void* dense, void* stream);  // W[rows, K] (K3)
+// qweight uint8 [N, K*bits/8], scales 16-bit [N, G], codebooks fp32 [S, 2^bits], all on the device, to packed, and back.
+// `table` is the shards' table as the device wants it, in pinned or pageable host memory, S entries.
+const char* run_pack(const Packed& w, const Shard* table, const uint8_t* qweight, const uint16_t* scales, const float* codebooks, uint8_t* packed, void* stream);
+const char* run_unpack(const Packed& w, const uint8_t* packed, uint8_t* qweight, uint16_t* scales, float* codebooks, void* stream);
+
+}  // namespace flute::cuda
