@@ -38,7 +38,8 @@ size_t workspace_bytes(const Device& device);
 // Each returns null, or one line that says what failed (CUDA's own words).
 const char* run_mma(const Gemm& call);      // any arch from 80, any M; meant for M <= 32 (K1)
 const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
-const char* run_dequantize(const Packed& w, const uint8_t* packed, int64_t first_row, int64_t rows, int f16, void* dense, void* stream);  // W[rows, K] (K3)
+// W[first_row .. first_row + rows, K] (K3) to `dense`, 16-byte aligned, in `dtype`: flute.h's Dtype.
+const char* run_dequantize(const Packed& w, const uint8_t* packed, int64_t first_row, int64_t rows, int dtype, void* dense, void* stream);
 // qweight uint8 [N, K*bits/8], scales 16-bit [N, G], codebooks fp32 [S, 2^bits], all on the device, to packed, and back.
 // `table` is the shards' table as the device wants it, in pinned or pageable host memory, S entries.
 const char* run_pack(const Packed& w, const Shard* table, const uint8_t* qweight, const uint16_t* scales, const float* codebooks, uint8_t* packed, void* stream);
