@@ -1,0 +1,32 @@
+// K1's entry, and the workspace that it shares with K2.
+#include "lut_mma.cuh"
+
+namespace flute::cuda {
+
+size_t workspace_bytes(const Device& device) {
+  const size_t slots = device.arch == 90 && kWgmmaSlotBytes > kMmaSlotBytes ? kWgmmaSlotBytes : kMmaSlotBytes;
+  return kCounterBytes + size_t(device.sms) * slots;
+}
+
+const char* run_mma(const Gemm& call) {
+  thread_local char error[200];
+  int shift = 30;  // one group: every input is in group 0
+  if (call.w.groups > 1) {
+    for (shift = 4; shift <= 8 && 1 << shift != call.w.group_size; ++shift) {
+    }
+    if (shift > 8) {
+      std::snprintf(error, sizeof error, "lut_mma: group_size is %d; it takes 16, 32, 64, 128, 256 or K", call.w.group_size);
+      return error;
+    }
+  }
+  if (call.m == 0) return nullptr;
+  switch (call.w.bits) {
+    case 2: return run_mma_bits<2>(call, shift);
+    case 3: return run_mma_bits<3>(call, shift);
+    case 4: return run_mma_bits<4>(call, shift);
+  }
+  std::snprintf(error, sizeof error, "lut_mma: bits is %d; it takes 2, 3 or 4", call.w.bits);
+  return error;
+}
+
+}  // namespace flute::cuda
