@@ -1,0 +1,147 @@
+"""kernels/benchmarks/gpu: its dry run goes through every section and is marked as one; rates beside assumptions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).resolve().parent.parent / "kernels" / "benchmarks" / "gpu"
+# What the machine with the GPU has besides torch and numpy is not known.
+BLOCKED = (
+    "rich",
+    "typer",
+    "pydantic",
+    "prometheus_client",
+    "psutil",
+    "requests",
+    "safetensors",
+    "huggingface_hub",
+    "vllm",
+)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """A dry run in a Python that has torch, numpy, triton and matplotlib, and its folder."""
+    folder = tmp_path_factory.mktemp("dry")
+    block = "import sys, runpy; sys.modules.update(dict.fromkeys({names!r}, None)); sys.argv = sys.argv[1:]; "
+    code = block.format(names=BLOCKED) + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, GPU / "measure.py", "--dry-run", "--out", folder, "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=600)
+    return done, folder
+
+
+@pytest.fixture(scope="module")
+def result(dry) -> dict:
+    done, folder = dry
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_section_ran_or_says_why_not(result):
+    assert result["complete"] and result["schema"] == 1 and result["seed"] == 7
+    status = {name: section["status"] for name, section in result["sections"].items()}
+    assert list(status) == ["facts", "micro", "checks", "timing", "repack", "sanitizer"]
+    assert {name for name in status if status[name].startswith("done")} == {"facts", "checks", "timing", "repack"}
+    assert status["micro"] == status["sanitizer"] == "skipped: there is no GPU"
+
+
+def test_a_dry_run_says_so_everywhere(dry, result):
+    done, folder = dry
+    title = "DRY RUN on a CPU: these figures measure nothing"
+    assert result["dry_run"] is True and "gpu" not in result["facts"]
+    assert title in done.stdout and (folder / "table.txt").read_text().startswith(title)
+
+
+def test_every_kernel_was_compared_and_none_was_wrong(result):
+    checks = result["checks"]
+    assert len(checks["kernels"]) == 2 and "triton" in checks["kernels"]
+    assert checks["failed"] == 0 and checks["failures"] == []
+    assert set(checks["by_kind"]) == {"round trip", "ragged", "decode", "repeats"}
+    for kernel in checks["kernels"]:
+        assert checks["calls"][kernel] >= 10
+        assert 0 < checks["worst_error_to_bound"][kernel] <= 1 and checks["worst_relative_error"][kernel] < 0.01
+
+
+def test_every_point_was_timed_beside_cublas_place(result):
+    rows = result["timing"]["rows"]
+    assert {(row["n"], row["m"]) for row in rows} == {(n, m) for n in (32, 40) for m in (1, 3, 8)}
+    assert {row["bits"] for row in rows} == {2, 3, 4, 16} and {row["group_size"] for row in rows} == {0, 64, 128}
+    for row in rows:
+        assert row["us"] > 0 and row["ratio"] > 0 and row["gb_s"] == pytest.approx(row["nbytes"] / row["us"] / 1e3)
+    assert all(row["ratio"] == 1 for row in rows if row["source"] == "torch")
+    chosen = [(row["n"], row["m"], row["bits"], row["group_size"]) for row in rows if row["chosen"]]
+    assert len(chosen) == len(set(chosen)) == len(rows) // 7 * 3  # cuBLAS, and two kernels for each of three widths
+    assert set(result["timing"]["peers_missing"]) >= {"vllm marlin", "vllm machete"}
+    assert [row["bits"] for row in result["repack"]] == [4, 3, 2]
+
+
+def test_plots_are_images(dry, result):
+    pytest.importorskip("matplotlib")
+    for name in ("speedup.png", "roofline.png"):
+        assert (dry[1] / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The benchmark's modules, which find each other as a script's do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(GPU))
+    yield
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == GPU:
+            del sys.modules[name]
+
+
+def test_rates_stand_beside_what_was_assumed(modules):
+    import micro
+
+    printed = [{"name": "prmt", "warps": 32, "per_cycle": 32.0}, {"name": "decode_4bit_8tokens", "per_cycle": 23.27}]
+    printed.append({"name": "read_global", "gb_s": 1.0})
+    prmt, decode, read = micro.rows("\n".join(map(json.dumps, printed)))
+    assert prmt["ratio"] == 0.5 and prmt["assumed"] == 64
+    # 16 wavefronts of codes, 8 of activations, 64 of lookups for 64 x 64 weights.
+    assert decode["assumed"] == pytest.approx(4096 / 88) and decode["assumed_from"] == "limited by shared memory"
+    assert decode["ratio"] == pytest.approx(0.5, abs=0.001) and "assumed" not in read
+
+
+def test_a_wrong_weight_is_found(modules, monkeypatch):
+    """The checks fail where one weight of one layer is wrong, where a result is not written, and where a call raises."""
+    import checks
+    import torch
+    import weights
+
+    class Broken(weights.Packed):
+        def call(self, x, bias=None):
+            y = x.new_empty(x.shape[0], self.n) if self.kernel == "unwritten" else super().call(x, bias)
+            if self.kernel == "one weight":
+                y[:, 5] += 0.02 * x[:, 17]
+            if self.kernel == "raises":
+                raise RuntimeError("no")
+            return y
+
+    def pack(layer, kernel):
+        return Broken(
+            kernel, layer.matrix.n, *weights.dispatch.pack_parts(*layer[1:], layer.group_size, layer[0].shards)
+        )
+
+    monkeypatch.setattr(checks, "pack", pack)
+    monkeypatch.setattr(weights.ops, "lut_linear_op", lambda *a, op=weights.ops.lut_linear_op: op(*a[:-1], ""))
+    kernels = {"right": "", "one weight": "", "unwritten": "", "raises": ""}
+    checker = checks.Checker("cpu", kernels, (1, 8), 3)
+    checker.decode(checks.SMALL, 4, 128, torch.bfloat16)
+    failed = {each["kernel"] for each in checker.results.failures}
+    assert failed == {"one weight", "unwritten", "raises"} and checker.results.calls["right"] == 1
+
+
+def test_without_a_gpu_it_refuses_to_measure(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, GPU / "measure.py", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+    assert done.returncode == 2 and "--dry-run" in done.stderr and not (tmp_path / "out").exists()
