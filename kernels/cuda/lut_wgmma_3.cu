@@ -1,0 +1,7 @@
+#include "lut_wgmma.cuh"
+
+namespace flute::cuda {
+
+template const char* run_wgmma_bits<3>(const Gemm&);
+
+}  // namespace flute::cuda
