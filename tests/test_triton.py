@@ -48,7 +48,7 @@ class Compiled:
         spec = Layout(ROWS, bits, 64, 8192, dtypes[scales], (8192,))
         chosen = triton.plan(m, spec.shards, spec.k, dtypes[dtype], H200)
         constants = triton._constants(spec, chosen)
-        options = {"num_warps": constants.pop("num_warps")}
+        options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         if m > 1:
             constants["BLOCK_M"] = chosen.block_m
         pointers = {

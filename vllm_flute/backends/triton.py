@@ -110,6 +110,7 @@ def _constants(spec: Layout, chosen: Plan) -> dict:
         "BLOCK_K": chosen.block_k,
         "STAGES": chosen.stages,
         "num_warps": chosen.warps,
+        "enable_fp_fusion": True,  # Triton 3.9 warns where it is not said
     }
 
 
