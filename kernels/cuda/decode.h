@@ -6,9 +6,9 @@
 //   3 bits   64 entries of one pair, at lower bits | upper bits << 4
 //   2 bits   256 entries of two pairs: 8 bytes, which a warp reads in two passes of 16 lanes, so that 16 copies are one a bank
 //
-// A row of the table is an entry's copies: 128 bytes. Where shared memory allows, rows lie 256 bytes apart, because then one
-// byte permutation makes a lookup's address: byte 1 the index, byte 0 the lane's copy. What lies between the rows stays
-// unused: pieces of 128 bytes suit no buffer of the kernels, and enough is left for their stages.
+// A row of the table is an entry's copies: 128 bytes. Where rows lie 256 bytes apart, one byte permutation makes a lookup's
+// address (byte 1 the index, byte 0 the lane's copy); where they lie 128 apart, it takes a shift and a bitwise operation, and
+// half the memory. What lies between wide rows stays unused: pieces of 128 bytes suit no buffer of the kernels.
 #pragma once
 
 #include "layout.h"
@@ -16,10 +16,8 @@
 
 namespace flute::cuda {
 
-constexpr int kCopyBytes = 128;             // 32 banks of 4 bytes
-constexpr int kWideRow = 256, kRow = 128;   // distance of rows
-constexpr int kWideRowShared = 160 * 1024;  // bytes of shared memory from which rows are wide: sm_80, 90, 100; not sm_86, 89, 120
-constexpr int table_row(int shared_bytes) { return shared_bytes >= kWideRowShared ? kWideRow : kRow; }
+constexpr int kCopyBytes = 128;            // 32 banks of 4 bytes
+constexpr int kWideRow = 256, kRow = 128;  // distances of rows
 
 constexpr FLUTE_HD int table_entries(int bits) { return bits == 3 ? 64 : 256; }
 constexpr FLUTE_HD int entry_bytes(int bits) { return bits == 2 ? 8 : 4; }

@@ -17,7 +17,7 @@
 namespace flute::cuda {
 
 constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * 32;
-constexpr int kMaxStages = 8;  // what cp_async_wait can count; 4 already hide memory's latency
+constexpr int kMaxStages = 8;  // what cp_async_wait can count
 
 template <int kTokensOf>
 struct MmaTile {
@@ -32,8 +32,11 @@ struct MmaTile {
   static constexpr int kScaleRows = kInputs / 16;  // of a stage and strip, at most
   static constexpr int kUnitBytes = kUnitRows * kTokens * int(sizeof(float));
   static constexpr int kValues = kUnits * kTokenTiles * 4;  // of a tile that a thread has at the end
-  static_assert(kRowWarps * kScaleRows * (kScaleRowBytes / 16) == kMmaThreads, "one 16-byte copy of scales a thread");
 };
+
+// Lookups load shared memory, not the integer pipe, to its limit: rows 128 bytes apart leave room for a second CTA on a
+// multiprocessor, which is worth more than the shift that they cost. A table of 3 bits is small enough for both.
+constexpr FLUTE_HD int mma_row(int bits) { return bits == 3 ? kWideRow : kRow; }
 
 template <int kBits, class Tile>
 constexpr FLUTE_HD int codes_bytes() {
@@ -64,6 +67,7 @@ FLUTE_DEVICE Shard shard_at(const MmaParameters& p, int s) {
 template <class Tile>
 FLUTE_DEVICE uint32_t count_tiles(const MmaParameters& p) {
   uint32_t row_tiles = 0;
+  FLUTE_ROLLED
   for (int s = 0; s < p.w.n_shards; ++s) row_tiles += (shard_at(p, s).strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
   return row_tiles * ((p.m + Tile::kTokens - 1) / Tile::kTokens);
 }
@@ -72,6 +76,7 @@ FLUTE_DEVICE MmaPlace locate(const MmaParameters& p, uint32_t tile) {
   const int token_tiles = (p.m + Tile::kTokens - 1) / Tile::kTokens;
   int row_tile = int(tile) / token_tiles;
   const int token = int(tile) % token_tiles * Tile::kTokens;
+  FLUTE_ROLLED
   for (int s = 0;; ++s) {
     const Shard h = shard_at(p, s);
     const int tiles = (h.strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
@@ -89,45 +94,71 @@ FLUTE_DEVICE int group_of(const MmaParameters& p, int input) {
   return group < p.w.groups ? group : p.w.groups - 1;
 }
 
-// Starts the copies of one stage: codes, x, scales. Strips beyond the shard and blocks beyond K are left alone, tokens
-// and inputs beyond x are zeros.
+// Brings stages, of its tile's slices one after another. Each thread always copies the same places of a stage, so that what
+// changes from slice to slice are three pointers. Strips beyond the shard, blocks beyond K and tokens beyond M are left alone;
+// inputs beyond K are zeros.
 template <int kBits, class Tile>
-FLUTE_DEVICE void load_stage(const MmaParameters& p, uint32_t stage, const MmaPlace& at, int slice, int thread) {
-  constexpr int kBlockChunks = int(block_bytes(kBits)) / 16, kStripChunks = Tile::kInputWarps * kBlockChunks;
-  const int block = slice * Tile::kInputWarps, left = p.w.blocks - block;
-  const int chunks = (left < Tile::kInputWarps ? left : Tile::kInputWarps) * kBlockChunks;
-  const uint8_t* const codes = block_codes(p.w, p.packed, at.strip, block);
-  const int64_t strip_bytes = p.w.blocks * block_bytes(kBits);
-  FLUTE_UNROLL
-  for (int i = 0; i < Tile::kRowWarps * kStripChunks; i += kMmaThreads) {
-    const int strip = (i + thread) / kStripChunks, chunk = (i + thread) % kStripChunks;
-    if (strip < at.strips && chunk < chunks) cp_async16(stage + (i + thread) * 16, codes + strip * strip_bytes + chunk * 16, 16);
+struct MmaLoader {
+  static constexpr int kStripThreads = kMmaThreads / Tile::kRowWarps;  // of codes
+  static constexpr int kBlockChunks = int(block_bytes(kBits)) / 16, kStripChunks = Tile::kInputWarps * kBlockChunks;
+  static constexpr int kTokenChunks = Tile::kInputs / 8, kTokenStep = kMmaThreads / kTokenChunks;
+  static constexpr int kRowChunks = kScaleRowBytes / 16;
+  static_assert(kStripChunks % kStripThreads == 0 && Tile::kTokens % kTokenStep == 0, "whole copies a thread");
+  static_assert(kStripThreads == Tile::kScaleRows * kRowChunks, "one copy of scales a thread");
+
+  const uint8_t* codes;
+  const uint16_t* x;
+  const uint8_t* scales;
+  int tokens;        // of x, from this thread's first on
+  int chunks, left;  // of codes and of inputs, from this thread's first on: what is not past the end
+  int scale_chunk;   // this thread's of its strip's scales
+  int input;         // the slice's first
+
+  FLUTE_DEVICE void start(const MmaParameters& p, const MmaPlace& at, int slice, int thread) {
+    const int strip = thread / kStripThreads, chunk = thread % kStripThreads, block = slice * Tile::kInputWarps;
+    const bool here = strip < at.strips;
+    codes = block_codes(p.w, p.packed, at.strip + strip, block) + chunk * 16;
+    chunks = here ? (p.w.blocks - block) * kBlockChunks - chunk : 0;
+    input = slice * Tile::kInputs;
+    const int token = at.token + thread / kTokenChunks, mine = input + thread % kTokenChunks * 8;
+    x = p.x + int64_t(token) * p.w.k + mine;
+    tokens = p.m - token;
+    left = p.w.k - mine;
+    scales = reinterpret_cast<const uint8_t*>(strip_scales(p.w, p.packed, at.strip + strip, 0)) + chunk * 16;
+    scale_chunk = here ? chunk : kStripThreads;
   }
 
-  stage += codes_bytes<kBits, Tile>();
-  constexpr int kTokenChunks = Tile::kInputs / 8;
-  FLUTE_UNROLL
-  for (int i = 0; i < Tile::kTokens * kTokenChunks; i += kMmaThreads) {
-    const int token = (i + thread) / kTokenChunks, chunk = (i + thread) % kTokenChunks;
-    const int input = slice * Tile::kInputs + chunk * 8;
-    const bool inside = at.token + token < p.m && input < p.w.k;
-    const uint16_t* const from = p.x + (inside ? int64_t(at.token + token) * p.w.k + input : 0);
-    cp_async16(stage + token * Tile::kXRowBytes + chunk * 16, from, inside ? 16 : 0);
+  FLUTE_DEVICE void load(const MmaParameters& p, uint32_t stage, int thread) {
+    const int strip = thread / kStripThreads, chunk = thread % kStripThreads;
+    const uint32_t codes_to = stage + (strip * kStripChunks + chunk) * 16;
+    FLUTE_UNROLL
+    for (int i = 0; i < kStripChunks; i += kStripThreads) {
+      if (i < chunks) cp_async16(codes_to + i * 16, codes + i * 16, 16);
+    }
+    stage += codes_bytes<kBits, Tile>();
+    const uint32_t x_to = stage + thread / kTokenChunks * Tile::kXRowBytes + thread % kTokenChunks * 16;
+    const int step = kTokenStep * p.w.k;  // elements
+    FLUTE_UNROLL
+    for (int i = 0; i < Tile::kTokens / kTokenStep; ++i) {
+      // A token that is not there is a column of B, and what it multiplies stays in its column of C.
+      if (i * kTokenStep < tokens) cp_async16(x_to + i * kTokenStep * Tile::kXRowBytes, left > 0 ? x + i * step : p.x, left > 0 ? 16 : 0);
+    }
+    stage += Tile::kXBytes;
+    const int group = group_of(p, input), groups = group_of(p, input + Tile::kInputs - 1) - group + 1;
+    if (scale_chunk < groups * kRowChunks) {
+      cp_async16(stage + (strip * p.scale_rows * kRowChunks + chunk) * 16, scales + int64_t(group) * kScaleRowBytes, 16);
+    }
+    codes += kStripChunks * 16;
+    chunks -= kStripChunks;
+    x += Tile::kInputs;
+    left -= Tile::kInputs;
+    input += Tile::kInputs;
   }
-
-  stage += Tile::kXBytes;
-  constexpr int kRowChunks = kScaleRowBytes / 16, kStripScales = Tile::kScaleRows * kRowChunks;
-  const int group = group_of(p, slice * Tile::kInputs), groups = group_of(p, (slice + 1) * Tile::kInputs - 1) - group + 1;
-  const int strip = thread / kStripScales, chunk = thread % kStripScales;
-  if (strip < at.strips && chunk < groups * kRowChunks) {
-    const uint16_t* const from = strip_scales(p.w, p.packed, at.strip + strip, group) + chunk * 8;
-    cp_async16(stage + strip * p.scale_rows * kScaleRowBytes + chunk * 16, from, 16);
-  }
-}
+};
 
 // Adds the products of one block to a warp's sums. acc[u][t] are C's registers of unit u and tokens 8t .. 8t + 7. With
 // kSmallGroups scales change within the block.
-template <int kBits, int kRowBytes, bool kF16, class Tile, bool kSmallGroups>
+template <int kBits, bool kF16, class Tile, bool kSmallGroups>
 FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float to_weight, uint32_t stage, int row_warp, int input_warp,
                                  int slice, float (&acc)[4][Tile::kTokenTiles][4]) {
   const int lane = lane_id();
@@ -158,7 +189,7 @@ FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float t
     FLUTE_UNROLL
     for (int s = 0; s < 4; ++s) {
       uint32_t a[4];
-      fragment<kBits, kRowBytes>(table, copy, codes, u, s, a);
+      fragment<kBits, mma_row(kBits)>(table, copy, codes, u, s, a);
       FLUTE_UNROLL
       for (int t = 0; t < Tile::kTokenTiles; ++t) mma<kF16>(sum[t], a, b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
       if (!kSmallGroups && s < 3) continue;
@@ -235,85 +266,78 @@ FLUTE_DEVICE void write_tile(const MmaParameters& p, const MmaPlace& at, int war
   }
 }
 
-// The binary of a device with little shared memory never runs the kernel with wide rows, and the other way round; that of
-// sm_80 does both, because sm_86 runs it.
-template <int kRowBytes>
-constexpr FLUTE_HD bool row_is_of_arch() {
-#if defined(__CUDA_ARCH__)
-  return __CUDA_ARCH__ == 800 || (kRowBytes == kWideRow) == (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000);
-#else
-  return true;
-#endif
-}
-
-template <int kBits, int kRowBytes, bool kF16, class Tile>
+template <int kBits, bool kF16, class Tile>
 FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) {
-  if constexpr (row_is_of_arch<kRowBytes>()) {
-    const int thread = thread_id(), warp = thread / 32;
-    const uint32_t cta = uint32_t(cta_id());
-    const Work work = share_work(count_tiles<Tile>(p), (p.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, uint32_t(cta_count()));
-    if (cta >= work.ctas) return;
-    const uint32_t begin = first_item(work, cta), end = first_item(work, cta + 1);
+  const int thread = thread_id(), warp = thread / 32;
+  const uint32_t cta = uint32_t(cta_id());
+  const Work work = share_work(count_tiles<Tile>(p), (p.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, uint32_t(cta_count()));
+  if (cta >= work.ctas) return;
+  const uint32_t begin = first_item(work, cta), end = first_item(work, cta + 1);
 
-    const uint32_t table = shared_base(), flag = table + table_bytes(kBits, kRowBytes), first_stage = flag + 16;
-    const uint32_t stage_bytes = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
+  const uint32_t table = shared_base(), flag = table + table_bytes(kBits, mma_row(kBits)), first_stage = flag + 16;
+  const uint32_t stage_bytes = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
 
-    // The loader runs ahead of the sums by all stages but one, across tiles.
-    uint32_t to_load = begin, load_slice = begin % work.slices, load_tile = begin / work.slices;
-    MmaPlace load_at = locate<Tile>(p, load_tile);
-    int load_to = 0;
-    const auto load = [&] {
-      if (to_load < end) {
-        if (load_slice == work.slices) {
-          load_slice = 0;
-          load_at = locate<Tile>(p, ++load_tile);
-        }
-        load_stage<kBits, Tile>(p, first_stage + load_to * stage_bytes, load_at, int(load_slice), thread);
-        ++load_slice;
-        ++to_load;
-        load_to = load_to + 1 == p.stages ? 0 : load_to + 1;
+  // The loader runs ahead of the sums by all stages but one, across tiles.
+  MmaLoader<kBits, Tile> loader;
+  uint32_t to_load = begin, load_tile = begin / work.slices, load_slice = begin % work.slices, load_to = first_stage;
+  const uint32_t stages_end = first_stage + p.stages * stage_bytes;
+  loader.start(p, locate<Tile>(p, load_tile), int(load_slice), thread);
+  const auto load = [&] {
+    if (to_load < end) {
+      if (load_slice == work.slices) {
+        load_slice = 0;
+        loader.start(p, locate<Tile>(p, ++load_tile), 0, thread);
       }
-      cp_async_commit();  // an empty group too, so that waiting can count
-    };
-    for (int i = 0; i + 1 < p.stages; ++i) load();
+      loader.load(p, load_to, thread);
+      ++load_slice;
+      ++to_load;
+      load_to = load_to + stage_bytes == stages_end ? first_stage : load_to + stage_bytes;
+    }
+    cp_async_commit();  // an empty group too, so that waiting can count
+  };
+  for (int i = 0; i + 1 < p.stages; ++i) load();
 
-    const int row_warp = warp / Tile::kInputWarps, input_warp = warp % Tile::kInputWarps;
-    int use = 0, table_shard = -1;
-    float to_weight = 0;
-    for (uint32_t item = begin, tile = begin / work.slices; item < end; ++tile) {
-      const MmaPlace at = locate<Tile>(p, tile);
-      if (at.shard != table_shard) {  // nobody reads the table now: there was a barrier after the last block
-        table_shard = at.shard;
-        const float* const book = books(p.packed) + table_shard * 16;
-        const Normal normal = normalise(book, kF16 ? 14 : 0);  // fp16 reaches up to 2^15.99; bf16 has fp32's range
-        build_table<kBits, kRowBytes, kF16>(table, book, normal.to_table, thread, kMmaThreads);
-        to_weight = normal.to_weight;
+  const int row_warp = warp / Tile::kInputWarps, input_warp = warp % Tile::kInputWarps;
+  int table_shard = -1;
+  uint32_t stage = first_stage;
+  float to_weight = 0;
+  for (uint32_t item = begin, tile = begin / work.slices; item < end; ++tile) {
+    MmaPlace at = locate<Tile>(p, tile);
+    const bool active = row_warp < at.strips;
+    if (at.shard != table_shard) {  // nobody reads the table now: there was a barrier after the last block
+      table_shard = at.shard;
+      const float* const book = books(p.packed) + table_shard * 16;
+      const Normal normal = normalise(book, kF16 ? 14 : 0);  // fp16 reaches up to 2^15.99; bf16 has fp32's range
+      build_table<kBits, mma_row(kBits), kF16>(table, book, normal.to_table, thread, kMmaThreads);
+      to_weight = normal.to_weight;
+    }
+    float acc[4][Tile::kTokenTiles][4] = {};
+    const uint32_t tile_end = (tile + 1) * work.slices < end ? (tile + 1) * work.slices : end;
+    uint32_t used = stage;
+    for (uint32_t slice = item - tile * work.slices; item < tile_end; ++item, ++slice) {
+      cp_async_wait(p.stages - 2);
+      barrier();  // the item is there for everyone, and nobody reads the stage that is loaded next
+      load();
+      used = stage;
+      stage = stage + stage_bytes == stages_end ? first_stage : stage + stage_bytes;
+      if (!active || int(slice) * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
+      if (p.group_shift < 6) {  // 64 inputs, a block
+        multiply_block<kBits, kF16, Tile, true>(p, table, to_weight, used, row_warp, input_warp, int(slice), acc);
+      } else {
+        multiply_block<kBits, kF16, Tile, false>(p, table, to_weight, used, row_warp, input_warp, int(slice), acc);
       }
-      float acc[4][Tile::kTokenTiles][4] = {};
-      const uint32_t tile_end = (tile + 1) * work.slices < end ? (tile + 1) * work.slices : end;
-      uint32_t stage = 0;
-      for (uint32_t slice = item - tile * work.slices; item < tile_end; ++item, ++slice) {
-        cp_async_wait(p.stages - 2);
-        barrier();  // the item is there for everyone, and nobody reads the stage that is loaded next
-        load();
-        stage = first_stage + use * stage_bytes;
-        use = use + 1 == p.stages ? 0 : use + 1;
-        if (row_warp >= at.strips || int(slice) * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
-        if (p.group_shift < 6) {  // 64 inputs, a block
-          multiply_block<kBits, kRowBytes, kF16, Tile, true>(p, table, to_weight, stage, row_warp, input_warp, int(slice), acc);
-        } else {
-          multiply_block<kBits, kRowBytes, kF16, Tile, false>(p, table, to_weight, stage, row_warp, input_warp, int(slice), acc);
-        }
-      }
-      static_assert(codes_bytes<kBits, Tile>() + Tile::kXBytes >= kMmaWarps * Tile::kUnitBytes, "sums pass through the last stage");
-      float own[Tile::kValues];
-      add_input_warps<Tile>(stage, warp, acc, own);
-      if (combine<kMmaThreads>(work, p.workspace, cta, tile, thread, flag, own, [] { barrier(); })) write_tile<kF16, Tile>(p, at, warp, own);
+    }
+    static_assert(codes_bytes<kBits, Tile>() + Tile::kXBytes >= kMmaWarps * Tile::kUnitBytes, "sums pass through the last stage");
+    float own[Tile::kValues];
+    add_input_warps<Tile>(used, warp, acc, own);
+    if (combine<kMmaThreads>(work, p.workspace, cta, tile, thread, flag, own, [] { barrier(); })) {
+      at = locate<Tile>(p, tile);  // again: it would cost registers to keep
+      write_tile<kF16, Tile>(p, at, warp, own);
     }
   }
 }
 
-template <int kBits, int kRowBytes, bool kF16, class Tile>
+template <int kBits, bool kF16, class Tile>
 const char* launch_mma(const Gemm& call, int group_shift) {
   MmaParameters p{call.w,
                   call.packed,
@@ -326,8 +350,8 @@ const char* launch_mma(const Gemm& call, int group_shift) {
                   Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1,
                   0};
   const int stage = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
-  const int fixed = table_bytes(kBits, kRowBytes) + 16;
-  constexpr int kReserved = 1024, kGoodStages = 4;  // the driver's own shared memory for each CTA; enough for memory's latency
+  const int fixed = table_bytes(kBits, mma_row(kBits)) + 16;
+  constexpr int kReserved = 1024, kGoodStages = 3;  // the driver's own shared memory for each CTA; see kMaxStages
   int ctas = Tile::kCtas, shared = (call.device.shared_bytes + kReserved) / ctas - kReserved;
   if (shared < fixed + kGoodStages * stage) {
     ctas = 1;
@@ -340,23 +364,20 @@ const char* launch_mma(const Gemm& call, int group_shift) {
   if (items > INT32_MAX) return "lut_mma: more tokens than 32-bit work items can count";
   const int64_t most = int64_t(ctas) * call.device.sms;
   if (most > int64_t(kCounterBytes / sizeof(unsigned))) return "lut_mma: more multiprocessors than the workspace has counters";
-  return launch(lut_mma<kBits, kRowBytes, kF16, Tile>, int(items < most ? items : most), kMmaThreads, fixed + p.stages * stage, call.stream, p);
+  return launch(lut_mma<kBits, kF16, Tile>, int(items < most ? items : most), kMmaThreads, fixed + p.stages * stage, call.stream, p);
 }
 
-template <int kBits, int kRowBytes, bool kF16>
+template <int kBits, bool kF16>
 const char* choose_tile(const Gemm& call, int group_shift) {
-  if (call.m <= 8) return launch_mma<kBits, kRowBytes, kF16, MmaTile<8>>(call, group_shift);
-  if (call.m <= 16) return launch_mma<kBits, kRowBytes, kF16, MmaTile<16>>(call, group_shift);
-  return launch_mma<kBits, kRowBytes, kF16, MmaTile<32>>(call, group_shift);
+  if (call.m <= 8) return launch_mma<kBits, kF16, MmaTile<8>>(call, group_shift);
+  if (call.m <= 16) return launch_mma<kBits, kF16, MmaTile<16>>(call, group_shift);
+  return launch_mma<kBits, kF16, MmaTile<32>>(call, group_shift);
 }
 
 // One translation unit each, for compile time: lut_mma_2.cu, _3, _4.
 template <int kBits>
 const char* run_mma_bits(const Gemm& call, int group_shift) {
-  if (table_row(call.device.shared_bytes) == kWideRow) {
-    return call.f16 ? choose_tile<kBits, kWideRow, true>(call, group_shift) : choose_tile<kBits, kWideRow, false>(call, group_shift);
-  }
-  return call.f16 ? choose_tile<kBits, kRow, true>(call, group_shift) : choose_tile<kBits, kRow, false>(call, group_shift);
+  return call.f16 ? choose_tile<kBits, true>(call, group_shift) : choose_tile<kBits, false>(call, group_shift);
 }
 extern template const char* run_mma_bits<2>(const Gemm&, int);
 extern template const char* run_mma_bits<3>(const Gemm&, int);

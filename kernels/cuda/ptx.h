@@ -12,12 +12,14 @@
 #define FLUTE_DEVICE inline
 #define FLUTE_KERNEL(threads, ctas) void
 #define FLUTE_UNROLL
+#define FLUTE_ROLLED
 #define FLUTE_PARAMETER const
 #else
 #include <cuda_runtime.h>
 #define FLUTE_DEVICE __device__ __forceinline__
 #define FLUTE_KERNEL(threads, ctas) __global__ void __launch_bounds__(threads, ctas)
 #define FLUTE_UNROLL _Pragma("unroll")
+#define FLUTE_ROLLED _Pragma("unroll 1")
 #define FLUTE_PARAMETER const __grid_constant__
 #endif
 
@@ -158,7 +160,7 @@ FLUTE_DEVICE void cp_async_wait(int pending) {
 FLUTE_DEVICE void syncwarp() { __syncwarp(); }
 FLUTE_DEVICE void barrier() { __syncthreads(); }
 FLUTE_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-FLUTE_DEVICE void threadfence() { __threadfence(); }
+FLUTE_DEVICE void threadfence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 FLUTE_DEVICE unsigned atomic_add(unsigned* p, unsigned v) { return atomicAdd(p, v); }
 
 FLUTE_DEVICE void ldmatrix4(uint32_t address, uint32_t (&r)[4]) {
