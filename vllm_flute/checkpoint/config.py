@@ -9,12 +9,13 @@ from ..codebook import check_bits
 from ..errors import FluteError
 from ..format import FORMAT, QUANT_METHOD
 
-# Weights of the linear layers of decoder blocks; routers (mlp.gate) and norms do not end so.
-LINEAR = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
+# Weights of the linear layers of decoder blocks, and Mixtral's experts; routers (mlp.gate) and norms do not end so.
+LINEAR = re.compile(r"model\.layers\.\d+\..+(_proj|\.experts\.\d+\.w[123])\.weight")
 HEAD = "lm_head"
 
 # Matrices that vLLM fuses into one layer: they must agree in bits, group size and in being quantized.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
 _KEYS = ("quant_method", "format", "bits", "group_size", "codebook", "ignore", "overrides")
 
@@ -53,7 +54,20 @@ def check_pattern(entry: str) -> str:
 
 
 def check_fused(specs: Mapping[str, LayerSpec | None]) -> None:
-    """Raise FluteError when matrices that vLLM fuses differ; ``specs``: None for a linear that is not quantized."""
+    """Raise FluteError when matrices that vLLM fuses differ; ``specs``: None for a linear that is not quantized.
+
+    The experts of a mixture are one layer in vLLM too.
+    """
+    first: dict[tuple[str, ...], str] = {}
+    for name in specs:
+        if not (expert := _EXPERT.fullmatch(name)):
+            continue
+        other = first.setdefault(expert.groups(), name)
+        if specs[name] != specs[other]:
+            raise FluteError(
+                f"vLLM makes all experts one layer, but {other} has {specs[other] or 'no quantization'} and {name} "
+                f"{specs[name] or 'no quantization'}: quantize them alike, or ignore all of them"
+            )
     for group in FUSED:
         for name in specs:
             parent, _, last = name.rpartition(".")

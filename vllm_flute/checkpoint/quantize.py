@@ -58,7 +58,7 @@ class QuantizeReport:
         return sum(r.error for r in self.layers) / len(self.layers)
 
 
-def _fit_group(requested: int, k: int, name: str) -> int:
+def fit_group(requested: int, k: int, name: str) -> int:
     """The group size for a layer of K inputs: the largest supported one up to ``requested`` that divides K."""
     if k % 8:
         raise FluteError(f"{name} has K={k}, which is no multiple of 8 and cannot be packed: give --ignore {name}")
@@ -92,10 +92,6 @@ def _plan(
     for name, (_, k) in shapes.items():
         if first_match(ignore, name):
             specs[name] = None
-        elif ".experts." in name:
-            raise FluteError(
-                f"{name} is part of a mixture of experts, which cannot be served yet: give --ignore experts"
-            )
         elif entry := first_match(overrides, name):
             spec = overrides[entry]
             group = spec.group_size or k
@@ -103,7 +99,7 @@ def _plan(
                 raise FluteError(f"--override {entry}: group size {group} does not divide K={k} of {name}")
             specs[name] = LayerSpec(spec.bits, group)
         else:
-            specs[name] = LayerSpec(bits, _fit_group(group_size, k, name))
+            specs[name] = LayerSpec(bits, fit_group(group_size, k, name))
     check_fused(specs)
     quantized = {name: spec for name, spec in specs.items() if spec}
     if not quantized:
