@@ -101,7 +101,13 @@ FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
   const uint32_t token_tiles = uint32_t(call.m + kTokens - 1) / kTokens;
   uint32_t row_tiles = 0;
   for (int s = 0; s < call.w.n_shards; ++s) row_tiles += shard_tiles(shard_at(call, s));
-  const Work work = share_work(row_tiles * token_tiles, uint32_t(call.w.blocks), uint32_t(cta_count()));
+  const uint32_t tiles = row_tiles * token_tiles, blocks = uint32_t(call.w.blocks);
+  // Where it leaves less than a tenth of the CTAs idle, tiles are cut into equal parts, each one CTA's: no CTA then has two
+  // partial tiles to write, and fewer are read again.
+  uint32_t ctas = uint32_t(cta_count());
+  const uint32_t parts = ctas / tiles;
+  if (parts > 0 && blocks % parts == 0 && 10 * tiles * parts >= 9 * ctas) ctas = tiles * parts;
+  const Work work = share_work(tiles, blocks, ctas);
   if (uint32_t(cta_id()) >= work.ctas) return;
   const uint32_t last = first_item(work, cta_id() + 1);
   for (uint32_t item = first_item(work, cta_id()); item < last;) {
@@ -128,7 +134,8 @@ template <int kBits, int kTokens>
 FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, kTokens>& at) {
   using At = WgmmaShared<kBits, kTokens>;
   const int groups = block_groups(call.w);
-  const uint32_t codes_of_strip = uint32_t(call.w.blocks) * At::kStripCodes, scales_of_strip = uint32_t(call.w.groups) * kScaleRowBytes;
+  const uint32_t codes_of_strip = uint32_t(call.w.blocks) * At::kStripCodes;
+  const uint32_t scales_of_strip = uint32_t(call.w.groups) * kScaleRowBytes;
   Ring ring(call.stages);
   for_parts<kTokens>(call, [&](const Work&, const Part& p) {
     const int64_t strip = p.shard.first_strip + p.strip;

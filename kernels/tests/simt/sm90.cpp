@@ -54,7 +54,7 @@ struct Engine {
   std::vector<Copy> copies;
   std::set<uint32_t> unfenced;  // barriers that the copy engine does not see yet
   Warpgroup warpgroups[kMaxWarpgroups];
-  int free_registers = 0;
+  int free_registers = 0, lingering = 0;
 
   Engine() {
     const int each = std::min(255, kRegisterFile / threads()) / 8 * 8;
@@ -151,8 +151,8 @@ struct Engine {
 
   // Copies land and multiplications run now and then, so that what uses them too early differs from run to run.
   bool step() {
-    bool busy = !copies.empty();
-    if (busy && random32() % 4 == 0) land(random32() % copies.size());
+    bool busy = !copies.empty() || lingering;
+    if (!copies.empty() && random32() % 4 == 0) land(random32() % copies.size());
     for (Warpgroup& w : warpgroups) {
       if (!next_ready(w)) continue;
       busy = true;
@@ -189,6 +189,15 @@ Warpgroup& warpgroup() {
 }
 int rank() { return thread() % kWarpgroup; }
 
+// Others get ahead of a thread that has just told them something.
+void linger() {
+  if (random32() % 8) return;
+  uint32_t turns = random32() % 32;
+  ++engine().lingering;
+  wait([&] { return turns-- == 0; });
+  --engine().lingering;
+}
+
 void meet_warpgroup() {
   meet(kWarpgroupKey + thread() / kWarpgroup, kWarpgroup, rank(), nullptr, [](void**) {});
 }
@@ -201,8 +210,14 @@ void mbarrier_init(uint32_t bar, uint32_t count) {
   engine().unfenced.insert(bar);
 }
 void fence_mbarrier_init() { engine().unfenced.clear(); }
-void mbarrier_arrive(uint32_t bar) { engine().arrive(bar, 0); }
-void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) { engine().arrive(bar, int(bytes)); }
+void mbarrier_arrive(uint32_t bar) {
+  engine().arrive(bar, 0);
+  linger();
+}
+void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
+  engine().arrive(bar, int(bytes));
+  linger();
+}
 void mbarrier_wait(uint32_t bar, uint32_t parity) {
   wait([&] { return engine().barrier(bar).phase % 2 != parity; });
 }
