@@ -305,6 +305,7 @@ OPTIONS = {
     "group size": (["--group-size", "7"], "unsupported group size 7"),
     "fp4 at 3 bits": (["--bits", "3", "--codebook", "fp4"], "'fp4' exists only at 4 bits"),
     "unknown codebook": (["--codebook", "nf5"], "unknown codebook 'nf5'"),
+    "unknown method": (["--method", "best"], "unknown method 'best'"),
     "missing table": (["--codebook", "@nothing.json"], "nothing.json cannot be read"),
     "no table": (["--codebook", "{path}/config.json"], "config.json does not hold a JSON list"),
     "override's form": (["--override", "down_proj"], "expected NAME=BITS:GROUP_SIZE"),

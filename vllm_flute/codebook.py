@@ -3,6 +3,9 @@
 A codebook is an fp32 vector of ``2**bits`` values; a weight is ``codebook[code] * scale``.
 """
 
+from functools import cache
+from itertools import pairwise
+from math import inf
 from statistics import NormalDist
 
 import torch
@@ -10,7 +13,7 @@ import torch
 from .errors import FluteError
 
 BITS = (2, 3, 4)
-NAMES = ("nf", "fp4", "int", "ternary")
+NAMES = ("nf", "fp4", "int", "ternary", "lloyd-max")
 
 # QLoRA (arXiv 2305.14314) takes the outermost quantile between 1 - 1/30 and 1 - 1/32;
 # bitsandbytes and FLUTE both use this value of it.
@@ -40,6 +43,30 @@ def normal_float(bits: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32) / max(map(abs, values))
 
 
+@cache
+def _lloyd_max_levels(bits: int) -> tuple[float, ...]:
+    normal = NormalDist()
+    levels = [normal.inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)]
+    moved = inf
+    while moved > 1e-9:  # far below fp32's resolution; 16 levels take under a thousand rounds
+        edges = [-inf, *((a + b) / 2 for a, b in pairwise(levels)), inf]
+        # The mean of a standard normal variable between two edges.
+        means = [-(normal.pdf(b) - normal.pdf(a)) / (normal.cdf(b) - normal.cdf(a)) for a, b in pairwise(edges)]
+        moved = max(abs(a - b) for a, b in zip(levels, means, strict=True))
+        levels = means
+    return tuple(levels)
+
+
+def lloyd_max(bits: int) -> torch.Tensor:
+    """The ``2**bits`` levels that quantize a standard normal variable with the least mean squared error.
+
+    Computed by Lloyd's iteration (S. P. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2),
+    1982, method I; J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6(1), 1960): symmetric, no zero.
+    """
+    levels = torch.tensor(_lloyd_max_levels(bits), dtype=torch.float64)
+    return ((levels - levels.flip(0)) / 2).to(torch.float32)
+
+
 def _fp4() -> torch.Tensor:
     """e2m1 in the order of its bit patterns (sign, exponent, mantissa), as MXFP4 and NVFP4 use it."""
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -59,6 +86,11 @@ def pad_codebook(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([values, values[-1:].expand(size - values.numel())])
 
 
+def default_codebook(bits: int) -> str:
+    """The named table that quantizers take at this width where none is asked for."""
+    return "lloyd-max"
+
+
 def make_codebook(codebook: str | torch.Tensor, bits: int) -> torch.Tensor:
     """Return the fp32 table ``[2**bits]`` for a name (see NAMES) or for given values.
 
@@ -71,6 +103,8 @@ def make_codebook(codebook: str | torch.Tensor, bits: int) -> torch.Tensor:
     match codebook:
         case "nf":
             return normal_float(bits)
+        case "lloyd-max":
+            return lloyd_max(bits)
         case "int":
             half = 2 ** (bits - 1)
             return torch.arange(-half, half, dtype=torch.float32)

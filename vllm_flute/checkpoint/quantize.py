@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..codebook import make_codebook
+from ..codebook import default_codebook, make_codebook
 from ..errors import FluteError
 from ..format import GROUP_SIZES, SCALE_DTYPES, LutTensor
-from ..quantization import quantize
+from ..quantization import METHODS, quantize
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
 from .output import Output
@@ -130,11 +130,12 @@ def quantize_checkpoint(
     out: str | Path,
     bits: int = 4,
     group_size: int = 64,
-    codebook: str | torch.Tensor = "nf",
+    codebook: str | torch.Tensor | None = None,
     ignore: list[str] | tuple[str, ...] = (),
     overrides: Mapping[str, tuple[int, int]] | None = None,
     lm_head: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
+    method: str = "scale-search",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -149,11 +150,12 @@ def quantize_checkpoint(
         bits: 2, 3 or 4.
         group_size: 16, 32, 64, 128, 256, or 0 for one scale a row. Where it does not divide a layer's K that
             layer takes the largest supported size that does, or K itself, and is listed in the overrides.
-        codebook: "nf", "fp4", "int", "ternary" or a tensor of at most ``2**bits`` values.
+        codebook: "lloyd-max" (the default), "nf", "fp4", "int", "ternary" or a tensor of at most ``2**bits`` values.
         ignore: module names not to quantize (see `config.matches`).
         overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too; a tied head is untied and made from the embedding.
         scale_dtype: bf16 or fp16.
+        method: "scale-search" or "absmax" (see `quantization.quantize`).
         overwrite: replace another result of this tool in ``out``.
         progress: called as ``progress(done, total, label)`` after each output shard.
 
@@ -162,6 +164,9 @@ def quantize_checkpoint(
             ``out`` that holds something else.
     """
     ignore, overrides = list(ignore), {name: LayerSpec(*spec) for name, spec in (overrides or {}).items()}
+    codebook = default_codebook(bits) if codebook is None else codebook
+    if method not in METHODS:
+        raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
     _check_options(bits, group_size, codebook, scale_dtype, "")
     for name, spec in overrides.items():
         _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
@@ -191,7 +196,7 @@ def quantize_checkpoint(
         if name not in weights or lut.is_ignored(layer):
             return {name: tensor}, None
         spec = lut.layer(layer)
-        t = quantize(tensor, *spec, codebook, scale_dtype, name=name)
+        t = quantize(tensor, *spec, codebook, scale_dtype, name, method)
         made = {f"{layer}.qweight": t.qweight, f"{layer}.scales": t.scales, f"{layer}.codebook": t.codebook}
         adjusted = spec.group_size != (group_size or t.shape[1]) and not first_match(overrides, layer)
         report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, _relative_error(tensor, t))
@@ -199,6 +204,7 @@ def quantize_checkpoint(
 
     table = make_codebook(codebook, bits).tolist() if isinstance(codebook, str) else codebook.tolist()
     options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
+    options["method"] = method
     with Output(out, fingerprint(source, options), overwrite) as output:
         reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
         layers = [LayerReport(**r) for r in reports]

@@ -53,8 +53,14 @@ def quantize(
         int, typer.Option(help="Inputs that share a scale: 16, 32, 64, 128, 256, or 0 for a whole row.")
     ] = 64,
     codebook: Annotated[
-        str, typer.Option(help="nf, fp4 (4 bits), int, ternary (2 bits), or a JSON file with a list of numbers.")
-    ] = "nf",
+        str,
+        typer.Option(
+            help="lloyd-max, nf, fp4 (4 bits), int, ternary (2 bits), or a JSON file with a list of numbers.",
+        ),
+    ] = "lloyd-max",
+    method: Annotated[
+        str, typer.Option(help="How scales are found: scale-search (least squared error) or absmax (fast).")
+    ] = "scale-search",
     ignore: Annotated[
         list[str], typer.Option(help="Leave these modules as they are: part of a dotted name, or re:REGEX. Repeatable.")
     ] = (),
@@ -87,6 +93,7 @@ def quantize(
             overrides=dict(_override(value) for value in override),
             lm_head=lm_head,
             scale_dtype=getattr(torch, scale_dtype.value),
+            method=method,
             overwrite=overwrite,
             progress=progress,
         )
@@ -96,6 +103,7 @@ def quantize(
     table = Table(show_header=False)
     table.add_row("output", str(output))
     table.add_row("layers", f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {codebook}")
+    table.add_row("method", method)
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")

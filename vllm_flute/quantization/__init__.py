@@ -1,5 +1,5 @@
 """Quantization methods, one a file. `quantize` is the data-free entry point."""
 
-from .round_to_nearest import quantize
+from .round_to_nearest import METHODS, quantize
 
-__all__ = ["quantize"]
+__all__ = ["METHODS", "quantize"]

@@ -1,13 +1,16 @@
-"""Round to nearest: one scale a group from the weights alone, then the nearest table entry (data-free)."""
+"""Round to nearest: one scale a group, then for each weight the nearest table entry."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..codebook import make_codebook
+from ..codebook import default_codebook, make_codebook
 from ..errors import FluteError
 from ..format import SCALE_DTYPES, LutTensor, check_group_size
 from ..packing import pack_codes
+from .scale_search import search_scales
+
+METHODS = ("scale-search", "absmax")
 
 # Weights worked on at once. They stay in a core's cache, and torch runs operations of fewer than 32768 elements on
 # the calling thread: dozens of small parallel sections would crawl on a machine whose cores are busy.
@@ -29,7 +32,7 @@ def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return codes.view(values.shape)
 
 
-def group_scales(groups: torch.Tensor, codebook: torch.Tensor, name: str | None) -> torch.Tensor:
+def absmax_scales(groups: torch.Tensor, codebook: torch.Tensor, name: str | None) -> torch.Tensor:
     """One fp32 scale for each group ``[..., group_size]``.
 
     The largest magnitude of a group meets the largest of the table; for ternary tables the scale is the mean
@@ -48,27 +51,36 @@ def quantize(
     weight: torch.Tensor,
     bits: int = 4,
     group_size: int = 64,
-    codebook: str | torch.Tensor = "nf",
+    codebook: str | torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
     name: str = "weight",
+    method: str = "scale-search",
+    importance: torch.Tensor | None = None,
 ) -> LutTensor:
     """Quantize a weight ``[N, K]`` of any float dtype to a LutTensor on the same device.
 
     Args:
         bits: 2, 3 or 4.
         group_size: inputs that share a scale: a multiple of 8 that divides K.
-        codebook: "nf", "fp4" (4 bits), "int", "ternary" (2 bits) or a tensor of at most ``2**bits`` values.
+        codebook: "lloyd-max" (the default), "nf", "fp4" (4 bits), "int", "ternary" (2 bits) or a tensor of at most
+            ``2**bits`` values.
         scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
         name: what errors call this weight.
+        method: "scale-search" takes the scales of least squared error, "absmax" those whose largest table entry
+            meets the group's largest weight: ten times as fast.
+        importance: fp32 ``[K]``, the second moment of each input, which weights the error of "scale-search".
 
     Raises:
-        FluteError: unsupported width, group size or codebook, or weights that are not finite.
+        FluteError: unsupported width, group size, codebook or method, or weights that are not finite.
     """
+    codebook = default_codebook(bits) if codebook is None else codebook
     table = make_codebook(codebook, bits).to(weight.device)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise FluteError(f"{name} is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]")
     if scale_dtype not in SCALE_DTYPES:
         raise FluteError(f"scale dtype {scale_dtype} is not supported (supported: bfloat16, float16)")
+    if method not in METHODS:
+        raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
     n, k = weight.shape
     try:
         check_group_size(group_size, k)
@@ -77,12 +89,18 @@ def quantize(
 
     qweight = torch.empty(n, k * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
+    if importance is not None:
+        importance = importance.to(weight.device, torch.float32).view(k // group_size, group_size)
     rows = max(1, _CHUNK_WEIGHTS // k)
 
     def convert(i: int) -> None:
         groups = weight[i : i + rows].to(torch.float32).view(-1, k // group_size, group_size)
-        s = group_scales(groups, table, codebook if isinstance(codebook, str) else None).to(scale_dtype)
-        if not torch.isfinite(s).all():
+        if method == "absmax":
+            s = absmax_scales(groups, table, codebook if isinstance(codebook, str) else None)
+        else:
+            s = search_scales(groups, table, importance)
+        s = s.to(scale_dtype)
+        if not torch.isfinite(s).all() or not torch.isfinite(groups).all():
             raise FluteError(f"{name} has values that are not finite, or too large for {scale_dtype} scales")
         s32 = s.to(torch.float32).unsqueeze(-1)
         # A group of zeros has scale 0: divide by 1 instead, its weights are 0 whatever the code.

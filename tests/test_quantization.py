@@ -1,0 +1,161 @@
+"""Quantization methods against brute force, closed forms and published figures."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_flute import FluteError, quantize
+from vllm_flute.codebook import make_codebook
+from vllm_flute.quantization.scale_search import search_scales
+
+NAMED = [
+    ("lloyd-max", 4),
+    ("lloyd-max", 3),
+    ("lloyd-max", 2),
+    ("nf", 3),
+    ("nf", 2),
+    ("ternary", 2),
+    ("fp4", 4),
+    ("int", 3),
+]
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error_at(groups: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, importance=1.0) -> torch.Tensor:
+    """Weighted squared error of each group ``[..., g]`` with the nearest entries, by trying them all."""
+    distance = (table.double() * scales.double()[..., None, None] - groups.double().unsqueeze(-1)).square()
+    return (distance.amin(-1) * importance).sum(-1)
+
+
+# N(0, 1) and 2**bits levels: J. Max, "Quantizing for minimum distortion" (1960), table I.
+@pytest.mark.parametrize("bits, error", [(2, 0.1175), (3, 0.03454), (4, 0.009497)])
+def test_lloyd_max_has_the_published_error(bits, error):
+    table = make_codebook("lloyd-max", bits).double()
+    assert torch.equal(table, -table.flip(0)) and (table.diff() > 0).all()
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
+    distance = (table - x.unsqueeze(-1)).square().amin(-1)
+    assert torch.trapezoid(distance * density, x).item() == pytest.approx(error, rel=1e-3)
+
+
+# Mean squared error for unit-variance Gaussian weights, groups of 64 and 128: the marks that the project set itself.
+MARKS = {
+    ("nf", 4): (0.0073, 0.0081),
+    ("nf", 3): (0.0331, 0.0361),
+    ("nf", 2): (0.145, 0.151),
+    ("lloyd-max", 4): (0.0071, 0.0078),
+    ("lloyd-max", 3): (0.0295, 0.0317),
+    ("lloyd-max", 2): (0.111, 0.114),
+}
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("codebook, bits", MARKS)
+def test_error_of_scale_search_on_gaussian_weights(codebook, bits, group_size):
+    weight = gaussian(512, 1024)
+    t = quantize(weight, bits, group_size, codebook)
+    error = (t.dequantize() - weight).square().mean().item()
+    # The marks are rounded to their last digit.
+    assert error <= MARKS[codebook, bits][group_size == 128] * 1.003
+    assert error < (quantize(weight, bits, group_size, codebook, method="absmax").dequantize() - weight).square().mean()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("codebook, bits", NAMED)
+def test_no_scale_is_better(codebook, bits, weighted):
+    """Against a fine scan of scales, and against the scales around the one that was found."""
+    groups, table = gaussian(40, 16), make_codebook(codebook, bits)
+    importance = gaussian(16, seed=1).square() if weighted else None
+    found = search_scales(groups, table, importance)
+    weights = 1.0 if importance is None else importance.double()
+    best = error_at(groups, found, table, weights)
+    largest = groups.abs().amax(-1) / table[table != 0].abs().amin()
+    for ratio in torch.linspace(0.002, 1, 1500).tolist():
+        assert (best <= error_at(groups, largest * ratio, table, weights) * (1 + 1e-5)).all(), ratio
+
+
+@st.composite
+def small_groups(draw):
+    bits = draw(st.sampled_from([2, 3]))
+    values = st.floats(-4, 4, width=32).map(lambda v: round(v, 2))
+    table = draw(st.lists(values, min_size=2, max_size=2**bits))
+    group = draw(st.lists(values, min_size=3, max_size=3))
+    importance = draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, 7.0]), min_size=3, max_size=3))
+    return torch.tensor(group), torch.tensor(table), torch.tensor(importance)
+
+
+@given(small_groups())
+@settings(max_examples=150, deadline=None)
+def test_any_table_against_every_assignment(parts):
+    """All codes of three weights, each with its best scale: nothing is better, also with one-sided tables."""
+    scale = search_scales(parts[0].unsqueeze(0), *parts[1:])
+    group, table, importance = (part.double() for part in parts)
+    assert scale.shape == (1,) and torch.isfinite(scale).all() and scale.item() >= 0
+    best = (importance * group.square()).sum()
+    for codes in product(range(len(table)), repeat=3):
+        entries = table[list(codes)]
+        a, b = (importance * group * entries).sum(), (importance * entries.square()).sum()
+        if a > 0:
+            best = min(best, (importance * group.square()).sum() - a**2 / b)
+    error = (importance * (table * scale.double().view(1, 1) - group.unsqueeze(-1)).square().amin(-1)).sum()
+    assert error <= best + 1e-4 * (1e-3 + (importance * group.square()).sum())
+
+
+def test_ternary_scale_by_its_closed_form():
+    """The best k weights of largest magnitude give their mean as scale (TWN, arXiv 1605.04711, equation 5)."""
+    groups = gaussian(30, 64)
+    ordered = groups.abs().sort(-1, descending=True).values.double()
+    gains = ordered.cumsum(-1).square() / torch.arange(1, 65)
+    k = gains.argmax(-1, keepdim=True)
+    expected = ordered.cumsum(-1).gather(1, k) / (k + 1)
+    found = search_scales(groups, make_codebook("ternary", 2))
+    torch.testing.assert_close(found.double(), expected.squeeze(1), rtol=1e-5, atol=0)
+
+
+def test_importance_moves_error_to_inputs_that_matter_less():
+    weight = gaussian(64, 128)
+    importance = torch.ones(128)
+    importance[::4] = 50
+    plain, weighted = (quantize(weight, 2, importance=h).dequantize() - weight for h in (None, importance))
+    assert weighted[:, ::4].square().mean() < 0.9 * plain[:, ::4].square().mean()
+    assert (weighted.square() * importance).sum() < (plain.square() * importance).sum()
+
+
+def test_inputs_that_never_occur():
+    """Importance 0 for a whole group: its weights become 0, the others do not change."""
+    weight, importance = gaussian(8, 128), torch.ones(128)
+    importance[:64] = 0
+    t = quantize(weight, 3, importance=importance)
+    assert (t.scales[:, 0] == 0).all() and t.dequantize()[:, :64].abs().max() == 0
+    assert torch.equal(t.dequantize()[:, 64:], quantize(weight, 3).dequantize()[:, 64:])
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_codes_suit_the_rounded_scale(scale_dtype):
+    weight = gaussian(16, 128)
+    t = quantize(weight, 4, 32, scale_dtype=scale_dtype)
+    groups = weight.view(16, 4, 32)
+    torch.testing.assert_close(
+        (t.dequantize() - weight).view(16, 4, 32).square().sum(-1).double(),
+        error_at(groups, t.scales.double(), t.codebook),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_unknown_method():
+    with pytest.raises(FluteError, match="unknown method 'best'"):
+        quantize(torch.ones(2, 64), method="best")
+
+
+def test_not_finite_among_finite():
+    weight = gaussian(4, 64)
+    weight[2, 5] = torch.inf
+    with pytest.raises(FluteError, match="not finite"):
+        quantize(weight)
