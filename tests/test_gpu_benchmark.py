@@ -60,7 +60,7 @@ def test_every_kernel_was_compared_and_none_was_wrong(result):
     checks = result["checks"]
     assert len(checks["kernels"]) == 2 and "triton" in checks["kernels"]
     assert checks["failed"] == 0 and checks["failures"] == []
-    assert set(checks["by_kind"]) == {"round trip", "ragged", "decode", "repeats"}
+    assert set(checks["by_kind"]) == {"round trip", "ragged", "other scales", "decode", "repeats"}
     for kernel in checks["kernels"]:
         assert checks["calls"][kernel] >= 10
         assert 0 < checks["worst_error_to_bound"][kernel] <= 1 and checks["worst_relative_error"][kernel] < 0.01
@@ -109,7 +109,7 @@ def test_rates_stand_beside_what_was_assumed(modules):
 
 
 def test_a_wrong_weight_is_found(modules, monkeypatch):
-    """The checks fail where one weight of one layer is wrong, where a result is not written, and where a call raises."""
+    """The checks fail where one weight is wrong, where a result is not written, and where a call raises."""
     import checks
     import torch
     import weights
@@ -145,3 +145,18 @@ def test_without_a_gpu_it_refuses_to_measure(tmp_path):
     command = [sys.executable, GPU / "measure.py", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert done.returncode == 2 and "--dry-run" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_sanitizer_counts_what_it_says_of_our_kernels(modules):
+    import measure
+
+    report = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<4>(int)+0x90
+=========         Host Frame: flute::cuda::lut_linear(at::Tensor) [0x1] in libvllm_flute_cuda.so
+========= Invalid __shared__ read of size 16 bytes
+=========     at void flute::cuda::lut_mma<4>(flute::cuda::MmaParameters)+0x1d0
+========= ERROR SUMMARY: 2 errors
+"""
+    expected = {"finished": True, "summary": "ERROR SUMMARY: 2 errors", "our_kernels_named": 1, "wrong": 0}
+    assert measure.sanitizer_result(report, 'a warning\n{"failed": 0}\n') == expected
+    assert not measure.sanitizer_result("", "Traceback\n")["finished"]

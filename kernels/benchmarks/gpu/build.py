@@ -62,7 +62,6 @@ def library(folder: Path, target: str, log: Path, timeout: float) -> Path:
 
 def micro(folder: Path, target: str, log: Path, timeout: float) -> Path:
     """Compile micro.cu for one arch; returns the program."""
-    folder.mkdir(parents=True, exist_ok=True)
     program = folder / "micro"
     flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}"]
     run([nvcc(), *flags, "-o", program, HERE / "micro.cu"], log, timeout)

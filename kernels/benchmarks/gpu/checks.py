@@ -31,22 +31,28 @@ RAGGED = (
 ODD_INPUTS = (Matrix("odd.a", (136, 64), 72), Matrix("odd.b", (320,), 584))  # one group of all inputs
 UNIT, REPEAT = Matrix("unit", (192, 72), 384), Matrix("repeat", (1160, 120), 1152)
 SMALL = Matrix("small", (24, 8), 128)  # in the place of all of them in a dry run, where kernels are interpreted
+SCALED = "scaled 16-bit weights"  # the arithmetic of kernels that round a weight before and after scaling it
 MAX_FAILURES = 50  # described one by one; all are counted
 
 
 class Oracle(NamedTuple):
-    """A layer's exact result ``[M, N]`` in float64, its bound, and what one more rounding to 16 bits adds to that."""
+    """A layer's exact result ``[M, N]`` in float64, its bound, and the bound of kernels that scale 16-bit weights."""
 
     y: torch.Tensor
     bound: torch.Tensor
-    half_eps: torch.Tensor
+    scaled_bound: torch.Tensor
 
     def rows(self, at: slice) -> "Oracle":
         return Oracle(*(part[at] for part in self))
 
 
 def oracle(layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> Oracle:
-    """Compute the oracle for x ``[M, K]`` and bias ``[N]`` or None."""
+    """Compute the oracle for x ``[M, K]`` and bias ``[N]`` or None.
+
+    To allowed_error comes what rounding to fp16 loses below its normal numbers, half of their spacing: of each weight
+    and of the result. A kernel that scales in 16 bits rounds twice where allowed_error reckons with one rounding of a
+    weight: the value of the codebook and the product; and the scale too where that is stored in the other type.
+    """
     y, bound = [], []
     parts = layer.shards()
     biases = [None] * len(parts) if bias is None else bias.split(layer.matrix.shards)
@@ -54,9 +60,11 @@ def oracle(layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> Oracle:
         exact = x.double() @ shard.dequantize().double().T
         y.append(exact if b is None else exact + b.double())
         bound.append(allowed_error(x, shard, b))
-    bounds = torch.cat(bound, 1)
-    eps = torch.finfo(x.dtype).eps
-    return Oracle(torch.cat(y, 1), bounds, bounds * (eps / 2 / (2 * layer.matrix.k * 2.0**-24 + eps)))
+    bounds, finfo = torch.cat(bound, 1), torch.finfo(x.dtype)
+    unit = 2 * layer.matrix.k * 2.0**-24 + finfo.eps  # of allowed_error
+    more = finfo.eps / 2 * (1 if layer.scales.dtype == x.dtype else 2)
+    lost = (x.float().abs().sum(1, keepdim=True) + 1) * (finfo.smallest_normal * finfo.eps / 2)
+    return Oracle(torch.cat(y, 1), bounds + lost, bounds * (1 + more / unit) + lost)
 
 
 class Results:
@@ -78,8 +86,7 @@ class Results:
 
     def compare(self, kernel: str, what: str, y: torch.Tensor, exact: Oracle) -> None:
         self.calls[kernel] += 1
-        twice = self.arithmetic.get(kernel) == "scaled 16-bit weights"  # a weight is rounded, scaled, and rounded again
-        bound = exact.bound + exact.half_eps if twice else exact.bound
+        bound = exact.scaled_bound if self.arithmetic.get(kernel) == SCALED else exact.bound
         error = (y.double() - exact.y).abs()
         if not bool((error <= bound).all()):
             wrong = ~(error <= bound)
@@ -127,7 +134,7 @@ class Checker:
         return torch.randn(m, k, generator=self.generator, device=self.device).to(dtype)
 
     def layer(self, matrix: Matrix, bits: int, group_size: int, dtype: torch.dtype) -> tuple[Layer, dict[str, Packed]]:
-        """A random layer, and it packed for every kernel: once for all that read one layout."""
+        """A random layer with scales of a dtype, and it packed for every kernel: once for all that read one layout."""
         layer = random_layer(matrix, bits, group_size, dtype, self.generator)
         native = [name for name in self.kernels if name != TRITON]
         packed = {}
@@ -158,9 +165,17 @@ class Checker:
             if isinstance(e, torch.AcceleratorError):
                 raise
 
-    def products(self, kind: str, matrix: Matrix, bits: int, group_size: int, dtype: torch.dtype) -> None:
-        """Every kernel and M on one layer; tokens are other rows of x for each M."""
-        layer, packed = self.layer(matrix, bits, group_size, dtype)
+    def products(
+        self,
+        kind: str,
+        matrix: Matrix,
+        bits: int,
+        group_size: int,
+        dtype: torch.dtype,
+        scales_in: torch.dtype | None = None,
+    ) -> None:
+        """Every kernel and M on one layer; tokens are other rows of x for each M. The scales' dtype may be another."""
+        layer, packed = self.layer(matrix, bits, group_size, scales_in or dtype)
         x = self.activations(max(self.tokens), matrix.k, dtype)
         bias = self.activations(1, matrix.n, dtype)[0]
         exact = {True: oracle(layer, x, bias), False: oracle(layer, x, None)}
@@ -301,13 +316,16 @@ def run(device: str, arithmetic: dict[str, str], seconds: float, seed: int, toke
     if small:
         for case in ((SMALL, 4, 128, torch.bfloat16), (SMALL, 3, 64, torch.float16), (SMALL, 2, 32, torch.bfloat16)):
             fixed += [(checker.round_trip, *case), (checker.products, "ragged", *case)]
+        fixed += [(checker.products, "other scales", SMALL, 4, 64, torch.bfloat16, torch.float16)]
         fixed += [(checker.decode, SMALL, 4, 128, torch.bfloat16), (checker.repeats, SMALL, 3, 64, torch.float16)]
     else:
         for i, case in enumerate((b, g, d) for d in DTYPES for g in GROUPS for b in BITS):
             ragged = [RAGGED[j % len(RAGGED)] for j in (i, i + 1)]
             fixed += [(checker.round_trip, ragged[0], *case), (checker.decode, UNIT, *case)]
             fixed += [(checker.repeats, REPEAT, *case)]
-            fixed += [(checker.products, "ragged", matrix, *case) for matrix in ragged]
+            other = DTYPES[1 - DTYPES.index(case[2])]
+            fixed += [(checker.products, "ragged", ragged[0], *case)]
+            fixed += [(checker.products, "other scales", ragged[1], *case, other)]
         odd = [(each, b, each.k, d) for each in ODD_INPUTS for b in BITS for d in DTYPES]
         fixed += [(checker.products, "one group", *case) for case in odd]
     try:

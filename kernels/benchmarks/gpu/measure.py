@@ -5,8 +5,8 @@
 
 Needs a GPU, nvcc, cmake, ninja, torch, numpy and nothing else: no network, no vLLM, no installation of this project.
 matplotlib (plots), compute-sanitizer and the peers of peers.py are used where they are. Writes to DIR: results.json
-(its schema is in report.py), table.txt, plots, build.log, the sanitizers' logs. The sections run in the order of
-SECTIONS; each has a share of the time that is left, and what is measured is written after every point, so that a run
+(its schema is in report.py), table.txt, plots, build.log, sanitizer.log. The sections run in the order of SECTIONS;
+each has a share of the time that is left, and what is measured is written after every point, so that a run
 that is cut off has all until then. Exits with 1 where a check failed or a section could not run.
 
 --dry-run goes through all of it on a CPU, with tiny shapes and the kernels that a CPU has. Its figures mean nothing,
@@ -49,6 +49,7 @@ TIMED = {"mma": (1, 128), "wgmma": (1, 1024), "dequantize-cublas": (16, 4096), "
 PEER_SECONDS = 40  # that preparing one peer (its own compiler or tuning) may take in all
 
 DRY_SHAPES, DRY_TOKENS = ((32, 128), (40, 128)), ((1, 8), (3,))
+MAX_LOG = 1 << 20  # characters of a sanitizer's report that are kept
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -238,16 +239,17 @@ def ours(run: Run, names: dict[str, str], n: int, k: int, bits: int, group: int,
     layer = weights.random_layer(matrix, bits, group, torch.bfloat16, generator)
     found, shared = [], {}
     for name in names:
-        family = name == weights.TRITON
-        if family not in shared:
+        layout = name == weights.TRITON
+        if layout not in shared:
             first = weights.pack(layer, name)
-            shared[family] = [first] + [first.copy() for _ in range(timing.copies_for(first.packed.numel(), cache) - 1)]
-        copies = [copy._replace(kernel=name) for copy in shared[family]]
+            more = timing.copies_for(first.packed.numel(), cache) - 1
+            shared[layout] = [first, *(first.copy() for _ in range(more))]
+        copies = [copy._replace(kernel=name) for copy in shared[layout]]
         header = copies[0].header
         low, high = TIMED.get(name, (1, 1 << 30))
 
-        def chosen(m: int, name=name, header=header, family=family) -> bool:
-            return not family and dispatch.choose(header, m, torch.bfloat16, run.device) == name
+        def chosen(m: int, name=name, header=header) -> bool:
+            return dispatch.choose(header, m, torch.bfloat16, run.device) == name
 
         def takes(m: int, low=low, high=high, chosen=chosen) -> bool:
             return low <= m <= high or chosen(m)
@@ -311,38 +313,45 @@ def sanitizer(run: Run, seconds: float) -> str:
     started = {}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE), str(ROOT), str(ROOT / "tests")))}
     for name in SANITIZERS:
-        log = run.out / f"sanitizer-{name}.log"
+        log = run.options.build / f"sanitizer-{name}.log"
+        log.unlink(missing_ok=True)
         command = [tool, "--tool", name, "--log-file", log, sys.executable, HERE / "checks.py", ",".join(names)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started[name] = log, subprocess.Popen(command, env=environment, **pipes)
     bad = []
-    for name, (log, process) in started.items():
-        try:
-            output, _ = process.communicate(timeout=max(1.0, seconds - (time.monotonic() - begin)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            found[name] = {"finished": False, "log": log.name}
-            continue
-        report = log.read_text() if log.exists() else ""
-        # Only what is said of our kernels counts: initcheck also names torch's and cuBLAS's.
-        ours_named = sum(" flute::" in line for line in report.splitlines())
-        summary = next((line.strip("= \n") for line in reversed(report.splitlines()) if "SUMMARY" in line), "")
-        try:
-            compared = json.loads(output.strip().splitlines()[-1])
-        except (ValueError, IndexError):
-            compared = None
-        found[name] = {"finished": compared is not None, "summary": summary, "log": log.name}
-        found[name]["our_kernels_named"] = ours_named
-        if ours_named or (compared or {}).get("failed"):
-            bad.append(name)
-        if compared is None:
-            found[name]["output"] = output[-600:]
+    with (run.out / "sanitizer.log").open("w") as together:
+        for name, (log, process) in started.items():
+            try:
+                output, _ = process.communicate(timeout=max(1.0, seconds - (time.monotonic() - begin)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+            report = log.read_text(errors="replace") if log.exists() else ""
+            print(f"---- {name}\n{report[:MAX_LOG]}\n{output[-2000:]}", file=together)
+            found[name] = sanitizer_result(report, output)
+            if found[name]["our_kernels_named"] or found[name]["wrong"]:
+                bad.append(name)
     run.failed |= bool(bad)
     unfinished = [name for name in SANITIZERS if not found[name]["finished"]]
     words = [f"{', '.join(bad)} found errors in our kernels"] if bad else ["no error in our kernels"]
     words += [f"{', '.join(unfinished)} did not finish"] if unfinished else []
-    return "; ".join(words)
+    return ("cut off: " if unfinished else "done: ") + "; ".join(words)
+
+
+def sanitizer_result(report: str, output: str) -> dict:
+    """What a tool reported and what the program that it watched printed, as results.json has it."""
+    try:
+        compared = json.loads(output.strip().splitlines()[-1])
+    except (ValueError, IndexError):  # it did not come to its last line
+        compared = None
+    lines = report.splitlines()
+    return {
+        "finished": compared is not None,
+        "summary": next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), ""),
+        # Only what is said of our kernels counts: initcheck also names torch's and cuBLAS's.
+        "our_kernels_named": sum("flute::" in line and "Host Frame" not in line for line in lines),
+        "wrong": compared["failed"] if compared else None,
+    }
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -352,7 +361,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", default=",".join(SECTIONS), help=f"sections, separated by commas: {', '.join(SECTIONS)}"
     )
-    parser.add_argument("--build", type=Path, help="folder to build in, to build again quickly (default: in --out)")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="folder to build in (build/gpu)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of all random inputs (default: the time)")
     parser.add_argument(
         "--dry-run", action="store_true", help="go through all of it on a CPU; the figures mean nothing"
@@ -402,11 +411,12 @@ def measure_while_building(run: Run) -> None:
 
     import build
 
-    folder, log = run.options.build or run.out / "build", run.out / "build.log"
+    folder, log = run.options.build, run.out / "build.log"
+    folder.mkdir(parents=True, exist_ok=True)
     target = build.arch(torch.cuda.get_device_capability())
     limit = run.left() / 2
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        program = pool.submit(build.micro, folder, target, log.with_name("build-micro.log"), limit)
+        program = pool.submit(build.micro, folder, target, log, limit)
         library = pool.submit(build.library, folder, target, log, limit)
         run.section("facts", facts)
         run.section("micro", lambda r, seconds: micro(r, seconds, program.result))

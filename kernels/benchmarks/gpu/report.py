@@ -26,7 +26,7 @@ point). Microseconds are a call's, GB are 10^9 bytes.
                       error         in the place of the figures where it failed
     repack        [{name, n, k, bits, group_size, us, gb_s (bytes in + out), packed_bytes, extra_bytes}]
                       extra_bytes   peak memory beyond the input and the result
-    sanitizer     {tool: {finished, summary, our_kernels_named, log}}
+    sanitizer     {tool: {finished, summary, our_kernels_named (lines of its report), wrong (results)}}
 """
 
 import json
