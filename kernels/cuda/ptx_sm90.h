@@ -86,13 +86,13 @@ inline const char* encode_map(TensorMap* map, const void* data, int64_t rows, in
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) f = nullptr;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
-  if (!encode) return "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
+  if (!encode) return "lut_wgmma: the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
   const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, row_bytes[1] = {cuuint64_t(columns) * 2};
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
   const CUtensorMapDataType type = f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result = encode(map, type, 2, const_cast<void*>(data), size, row_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses x: its address must be a multiple of 16, K of 8";
+  return result == CUDA_SUCCESS ? nullptr : "lut_wgmma: cuTensorMapEncodeTiled refuses x: its address must be a multiple of 16, K of 8";
 }
 
 // ---------------------------------------------------------------------------------------------------------

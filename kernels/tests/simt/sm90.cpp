@@ -147,7 +147,6 @@ struct Engine {
     }
   }
   bool next_ready(const Warpgroup& w) const { return w.done < w.multiplies.size() && w.multiplies[w.done].issued == kWarpgroup; }
-  void run_next(Warpgroup& w) { multiply(w.multiplies[w.done++]); }
 
   // Copies land and multiplications run now and then, so that what uses them too early differs from run to run.
   bool step() {
@@ -156,7 +155,7 @@ struct Engine {
     for (Warpgroup& w : warpgroups) {
       if (!next_ready(w)) continue;
       busy = true;
-      if (random32() % 8 == 0) run_next(w);
+      if (random32() % 2) multiply(w.multiplies[w.done++]);
     }
     return busy;
   }
@@ -189,7 +188,7 @@ Warpgroup& warpgroup() {
 }
 int rank() { return thread() % kWarpgroup; }
 
-// Others get ahead of a thread that has just told them something.
+// Others get ahead of a thread that is about to tell them something, or just has.
 void linger() {
   if (random32() % 8) return;
   uint32_t turns = random32() % 32;
@@ -205,6 +204,7 @@ void meet_warpgroup() {
 }  // namespace
 
 void mbarrier_init(uint32_t bar, uint32_t count) {
+  linger();
   const Mbarrier fresh = {0, uint8_t(count), uint8_t(count), 0, kMark};
   memcpy(shared(bar, 8), &fresh, 8);
   engine().unfenced.insert(bar);
@@ -280,10 +280,7 @@ void wgmma_wait(int pending) {
   const std::vector<size_t>& groups = w.groups[rank()];
   if (groups.size() <= size_t(pending)) return;
   const size_t end = groups[groups.size() - 1 - size_t(pending)];
-  wait([&] {
-    while (w.done < end && engine().next_ready(w)) engine().run_next(w);
-    return w.done >= end;
-  });
+  wait([&] { return w.done >= end; });
 }
 
 void stmatrix4_transposed(uint32_t address, const uint32_t* r) {
