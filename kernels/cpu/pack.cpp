@@ -1,17 +1,12 @@
 // The packed layouts: what a header means, and the way between the checkpoint's order and tiles.
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
-#include "flute.h"
+#include "header.h"
 
 namespace flute {
 
 namespace {
-
-[[noreturn]] void refuse(const std::string& why) {
-  throw std::invalid_argument("packed-weight header: " + why + ": pack the weights again with this version");
-}
 
 // 32 codes of a row as three words, between the stream's order and the tile's (see flute.h). Five codes are
 // 15 bits in both, so the stream is cut in six such pieces and the last two codes.
@@ -74,39 +69,22 @@ void trits_to_stream(uint32_t in, uint8_t out[kTritBytes]) {
 
 }  // namespace
 
-Weights parse_header(const int64_t* h, int64_t length) {
-  // The limits keep every product below in 64 bits.
-  constexpr int64_t kMaxK = int64_t(1) << 28, kMaxN = int64_t(1) << 31;
-  if (length <= kHeaderFixed || h[kFieldMagic] != kMagic) refuse("not one");
-  if (h[kFieldAbi] != kAbi) refuse("ABI " + std::to_string(h[kFieldAbi]) + ", this library reads ABI " + std::to_string(kAbi));
-  if (h[kFieldLayout] < kTile16 || h[kFieldLayout] > kTrit20) {
-    refuse("layout " + std::to_string(h[kFieldLayout]) + ", the CPU kernels read layouts 1 (tile16), 2 (ternary16) and 3 (trit20)");
-  }
-  if (h[kFieldBits] < 2 || h[kFieldBits] > 4) refuse(std::to_string(h[kFieldBits]) + " bits, expected 2, 3 or 4");
+Weights parse_header(const int64_t* header, int64_t length) {
+  const HeaderFields f = read_fields(header, length, kTile16, kTrit20, "the CPU kernels read layouts 1 (tile16), 2 (ternary16) and 3 (trit20)");
   Weights w{};
-  w.bits = int(h[kFieldBits]);
-  w.trits = h[kFieldLayout] == kTrit20;
-  w.ternary = w.trits || h[kFieldLayout] == kTernary16;
-  if (w.ternary && w.bits != 2) refuse("a layout of ternary weights with " + std::to_string(w.bits) + " bits, expected 2");
-  w.group_size = h[kFieldGroupSize];
-  w.k = h[kFieldK];
-  if (w.k < 8 || w.k > kMaxK || w.k % 8) refuse("K=" + std::to_string(w.k) + ", expected a multiple of 8");
-  if (w.group_size < 8 || w.group_size % 8 || w.k % w.group_size) {
-    refuse("group size " + std::to_string(w.group_size) + ", expected a multiple of 8 that divides K=" + std::to_string(w.k));
-  }
-  if (h[kFieldScaleDtype] != kScaleBf16 && h[kFieldScaleDtype] != kScaleF16) refuse("unknown dtype of scales");
-  w.scale_dtype = ScaleDtype(h[kFieldScaleDtype]);
-  w.groups = w.k / w.group_size;
-  if (w.trits && w.groups != 1) refuse("layout trit20 with " + std::to_string(w.groups) + " scales a row, expected 1");
-  w.n_shards = h[kFieldShards];
-  if (w.n_shards != length - kHeaderFixed) refuse("number of shards does not match its length");
-  w.shards = h + kHeaderFixed;
-  for (int64_t s = 0; s < w.n_shards; ++s) {
-    const int64_t rows = w.shards[s];
-    if (rows < 1 || rows > kMaxN - w.n) refuse("shard " + std::to_string(s) + " has " + std::to_string(rows) + " rows");
-    w.n += rows;
-    w.tiles += divide_up(rows, kTileRows);
-  }
+  w.bits = f.bits;
+  w.trits = f.layout == kTrit20;
+  w.ternary = w.trits || f.layout == kTernary16;
+  if (w.ternary && w.bits != 2) refuse_header("a layout of ternary weights with " + std::to_string(w.bits) + " bits, expected 2");
+  w.group_size = f.group_size;
+  w.k = f.k;
+  w.n = f.n;
+  w.groups = f.groups;
+  if (w.trits && w.groups != 1) refuse_header("layout trit20 with " + std::to_string(w.groups) + " scales a row, expected 1");
+  w.scale_dtype = f.scale_dtype;
+  w.shards = f.shards;
+  w.n_shards = f.n_shards;
+  for (int64_t s = 0; s < w.n_shards; ++s) w.tiles += divide_up(w.shards[s], kTileRows);
   w.chunk_inputs = w.trits ? kTritChunk : kChunk;
   w.chunks = divide_up(w.k, w.chunk_inputs);
   w.scale_offset = w.chunks * (w.trits ? 1 : w.bits) * 64;

@@ -253,12 +253,7 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
 }
 
 void count(const Kernel& kernel, const Weights& w, int64_t m) {
-  int bucket = 0;
-  while (bucket < kBuckets - 1 && m > kBucketUpper[bucket]) ++bucket;
-  uint64_t* row = __atomic_load_n(&page, __ATOMIC_ACQUIRE) + (kernel.slot * kBuckets + bucket) * kFields;
-  __atomic_fetch_add(row + kCalls, 1, __ATOMIC_RELAXED);
-  __atomic_fetch_add(row + kTokens, uint64_t(m), __ATOMIC_RELAXED);
-  __atomic_fetch_add(row + kBytes, uint64_t(w.bytes * kernel.passes(w, m)), __ATOMIC_RELAXED);
+  count_call(__atomic_load_n(&page, __ATOMIC_ACQUIRE), kernel.slot, m, w.bytes * kernel.passes(w, m));
 }
 
 }  // namespace flute

@@ -189,6 +189,14 @@ void unpack(const Weights& w, uint8_t* qweight, uint16_t* scales, float* books, 
 constexpr int kSlots = 32, kBuckets = 8;
 enum CounterField { kCalls, kTokens, kBytes, kFields };
 constexpr int64_t kBucketUpper[kBuckets - 1] = {1, 4, 8, 16, 32, 128, 512};
+static inline void count_call(uint64_t* page, int slot, int64_t m, int64_t bytes) {
+  int bucket = 0;
+  while (bucket < kBuckets - 1 && m > kBucketUpper[bucket]) ++bucket;
+  uint64_t* row = page + (slot * kBuckets + bucket) * kFields;
+  __atomic_fetch_add(row + kCalls, 1, __ATOMIC_RELAXED);
+  __atomic_fetch_add(row + kTokens, uint64_t(m), __ATOMIC_RELAXED);
+  __atomic_fetch_add(row + kBytes, uint64_t(bytes), __ATOMIC_RELAXED);
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Conversions of one value; to 16 bits they round to nearest even.

@@ -1,59 +1,30 @@
 // The operators for torch's CPU key, through torch's stable ABI: checks every argument, then calls the core.
-// The schemas are in vllm_flute/ops.py. The only file that includes torch headers.
+// The schemas are in vllm_flute/ops.py. Only files of this folder include torch headers.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "flute.h"
+#include "checks.h"
 
 namespace {
 
+using flute::check;
+using flute::named;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool ok, const std::string& message) {
-  if (!ok) throw std::runtime_error("vllm_flute: " + message);  // RuntimeError in Python
-}
-
-std::string shape(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
-
-void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  check(t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
-        std::string(name) + " is " + shape(t) + ", expected a contiguous CPU tensor [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
-}
-
-// Throws what the core throws as `check` does.
-template <class F>
-auto named(const F& f) -> decltype(f()) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& e) {
-    throw std::runtime_error(std::string("vllm_flute: ") + e.what());
-  }
-}
-
 flute::Weights read_header(const Tensor& header) {
-  check(header.is_cpu() && header.scalar_type() == ScalarType::Long && header.dim() == 1 && header.is_contiguous(),
-        "header must be a contiguous int64 CPU tensor of one dimension");
-  return named([&] { return flute::parse_header(static_cast<const int64_t*>(header.data_ptr()), header.numel()); });
+  const int64_t* fields = flute::check_header(header);
+  return named([&] { return flute::parse_header(fields, header.numel()); });
 }
 
 flute::Weights read_packed(const Tensor& packed, const Tensor& header) {
   flute::Weights w = read_header(header);
-  check(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() && packed.numel() == w.bytes,
-        "packed is " + shape(packed) + ", its header says a contiguous uint8 CPU tensor of " + std::to_string(w.bytes) + " bytes");
-  w.packed = static_cast<const uint8_t*>(packed.data_ptr());
-  check(reinterpret_cast<uintptr_t>(w.packed) % alignof(float) == 0, "packed is not aligned to 4 bytes");
+  check(packed.is_cpu(), "packed must be a CPU tensor");
+  w.packed = flute::check_packed(packed, w.bytes, alignof(float));
   return w;
 }
 
@@ -67,21 +38,14 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   flute::Call call{};
   call.w = read_packed(packed, header);
   const flute::Weights& w = call.w;
-  const ScalarType type = input.scalar_type();
-  check(input.is_cpu() && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
-        "x must be a float32, bfloat16 or float16 CPU tensor");
-  const int64_t dims = input.dim();
-  check(dims >= 1 && input.size(dims - 1) == w.k && n == w.n,
-        "x is " + shape(input) + " for weights of N=" + std::to_string(w.n) + ", K=" + std::to_string(w.k) + " (the caller said N=" + std::to_string(n) + ")");
+  call.dtype = flute::check_x(input, packed, w.n, w.k, n);
+  flute::check_bias(bias, input, n);
   Tensor bias_values;
   if (bias) {
-    check(bias->is_cpu() && bias->scalar_type() == type && bias->dim() == 1 && bias->size(0) == n,
-          "bias is " + shape(*bias) + ", expected [" + std::to_string(n) + "] in the dtype of x");
     bias_values = torch::stable::contiguous(*bias);
     call.bias = bias_values.data_ptr();
   }
   call.m = input.numel() / w.k;
-  call.dtype = type == ScalarType::Float ? flute::kF32 : type == ScalarType::BFloat16 ? flute::kBf16 : flute::kF16;
   const flute::Kernel& kernel = named([&]() -> const flute::Kernel& { return flute::choose(w, call.m, call.dtype, kernel_name); });
 
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
@@ -110,13 +74,8 @@ Tensor on_huge_pages(const Tensor& like, int64_t bytes) {
 
 Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codebooks, const Tensor& header) {
   const flute::Weights w = read_header(header);
-  check_matrix(qweight, "qweight", w.n, w.k * w.bits / 8);
-  check_matrix(scales, "scales", w.n, w.groups);
-  check_matrix(codebooks, "codebooks", w.n_shards, int64_t(1) << w.bits);
-  const ScalarType scale_type = w.scale_dtype == flute::kScaleF16 ? ScalarType::Half : ScalarType::BFloat16;
-  check(qweight.scalar_type() == ScalarType::Byte, "qweight must be uint8");
-  check(scales.scalar_type() == scale_type, "scales do not have the dtype that the header says");
-  check(codebooks.scalar_type() == ScalarType::Float, "codebooks must be float32");
+  check(qweight.is_cpu(), "qweight must be a CPU tensor");
+  flute::check_parts(qweight, scales, codebooks, w.n, w.k, w.bits, w.groups, w.n_shards, w.scale_dtype);
   Tensor packed = on_huge_pages(qweight, w.bytes);
   flute::pack(w, static_cast<const uint8_t*>(qweight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
               static_cast<const float*>(codebooks.data_ptr()), static_cast<uint8_t*>(packed.data_ptr()), threads());
@@ -125,9 +84,8 @@ Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codeb
 
 std::tuple<Tensor, Tensor, Tensor> lut_unpack(const Tensor& packed, const Tensor& header) {
   const flute::Weights w = read_packed(packed, header);
-  const ScalarType scale_type = w.scale_dtype == flute::kScaleF16 ? ScalarType::Half : ScalarType::BFloat16;
   Tensor qweight = torch::stable::new_empty(packed, {w.n, w.k * w.bits / 8});
-  Tensor scales = torch::stable::new_empty(packed, {w.n, w.groups}, scale_type);
+  Tensor scales = torch::stable::new_empty(packed, {w.n, w.groups}, flute::scale_type(w.scale_dtype));
   Tensor codebooks = torch::stable::new_empty(packed, {w.n_shards, int64_t(1) << w.bits}, ScalarType::Float);
   flute::unpack(w, static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint16_t*>(scales.data_ptr()),
                 static_cast<float*>(codebooks.data_ptr()), threads());

@@ -1,0 +1,236 @@
+// The operators for torch's CUDA key, through torch's stable ABI: checks every argument, then calls the launchers. The library
+// loads beside a torch without CUDA too: what only a CUDA build has is looked for when it is needed.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cuda/registry.h"
+#include "checks.h"
+
+namespace flute::cuda {
+
+namespace {
+
+constexpr size_t kVectorAlignment = 16;
+
+void check_launch(const char* why) { check(!why, why ? why : ""); }
+void check_cuda(cudaError_t error) { check_launch(error == cudaSuccess ? nullptr : cudaGetErrorString(error)); }
+
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);  // by its name among what is loaded
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  check(get, "this torch is not a CUDA build: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  check(get(device, &stream) == AOTI_TORCH_SUCCESS, "torch did not tell its current stream");
+  return stream;
+}
+
+const char* read_device(int index, Device* device) {
+  int major = 0, minor = 0;
+  const std::pair<cudaDeviceAttr, int*> wanted[] = {{cudaDevAttrComputeCapabilityMajor, &major},
+                                                    {cudaDevAttrComputeCapabilityMinor, &minor},
+                                                    {cudaDevAttrMultiProcessorCount, &device->sms},
+                                                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes}};
+  for (const auto& [attribute, value] : wanted) {
+    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index); error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  device->arch = major * 10 + minor;
+  return nullptr;
+}
+
+// The device of a call while it lasts, for torch and for this library's own copy of the CUDA runtime.
+class Current {
+ public:
+  explicit Current(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+    check_cuda(cudaSetDevice(index_));
+    stream_ = current_stream(index_);
+    static std::mutex mutex;
+    static std::map<int, Device> devices;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto [found, is_new] = devices.try_emplace(index_);
+    if (is_new) check_launch(read_device(index_, &found->second));
+    device_ = found->second;
+  }
+  int index() const { return index_; }
+  void* stream() const { return stream_; }
+  const Device& device() const { return device_; }
+
+ private:
+  int index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+  Device device_;
+};
+
+// The workspace of the calls on one stream, which run one after the other. What a CUDA graph captures may run beside any
+// stream's calls when it is replayed, so a capture has a workspace of its own. It is held while the capture lasts and given
+// back to the graph's memory pool at the next call: graphs that share a pool, and are not replayed at a time, share it then.
+void* workspace(const Current& current, const Tensor& like) {
+  struct Owned {
+    unsigned long long capture;  // 0: none
+    Tensor memory;
+  };
+  static std::mutex mutex;
+  static auto& by_stream = *new std::map<std::tuple<int, void*, bool>, Owned>;  // never destroyed: CUDA may be gone before
+  cudaStreamCaptureStatus status;
+  unsigned long long capture = 0;
+  check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(current.stream()), &status, &capture));
+  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  const std::tuple<int, void*, bool> key{current.index(), current.stream(), capture != 0};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = by_stream.find(key);
+  if (found != by_stream.end() && found->second.capture != capture) {
+    by_stream.erase(found);
+    found = by_stream.end();
+  }
+  if (found == by_stream.end()) {
+    Tensor memory = torch::stable::new_empty(like, {int64_t(workspace_bytes(current.device()))}, ScalarType::Byte);
+    check_cuda(cudaMemsetAsync(memory.data_ptr(), 0, kCounterBytes, static_cast<cudaStream_t>(current.stream())));
+    found = by_stream.emplace(key, Owned{capture, memory}).first;
+  }
+  return found->second.memory.data_ptr();
+}
+
+Layer read_header(const Tensor& header) {
+  const int64_t* fields = check_header(header);
+  return named([&] { return read_layer(fields, header.numel()); });
+}
+
+// Contiguous, and where vector loads can begin.
+Tensor readable(const Tensor& t) {
+  const Tensor dense = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % kVectorAlignment ? torch::stable::clone(dense) : dense;
+}
+
+// W in x's dtype, a part of its rows at a time, multiplied by torch's cuBLAS. x [M, K], y [M, N].
+void dequantize_and_multiply(const Packed& w, const uint8_t* packed, const Tensor& x, std::optional<Tensor> bias, Tensor& y, Dtype dtype, void* stream) {
+  // Of W at a time: all of 8192 x 8192 in 16 bits, so that cuBLAS has large matrices and the model's memory is not twice its size.
+  constexpr int64_t kScratchBytes = int64_t(128) << 20;
+  const int64_t row_bytes = int64_t(w.k) * (dtype == kF32 ? 4 : 2);
+  const int64_t step = std::min<int64_t>(w.n, std::max<int64_t>(kStripRows, kScratchBytes / row_bytes / kStripRows * kStripRows));
+  Tensor scratch = torch::stable::new_empty(x, {step, int64_t(w.k)});
+  for (int64_t first = 0; first < w.n; first += step) {
+    const int64_t rows = std::min(step, w.n - first);
+    check_launch(run_dequantize(w, packed, first, rows, dtype, scratch.data_ptr(), stream));
+    const Tensor weight = torch::stable::narrow(scratch, 0, 0, rows);
+    const Tensor part = torch::stable::narrow(y, 1, first, rows);
+    std::optional<Tensor> part_bias;
+    if (bias) part_bias = torch::stable::narrow(*bias, 0, first, rows);
+    using torch::stable::detail::from;
+    std::array<StableIValue, 4> stack{from(x), from(weight), from(part_bias), from(part)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+  }
+}
+
+// The operator below autograd: aten::linear with an output refuses tensors that want a gradient.
+Tensor detached(const Tensor& t) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel_name) {
+  const Layer layer = read_header(header);
+  const Packed& w = layer.w;
+  check(packed.is_cuda(), "packed must be a CUDA tensor, as x is");
+  Gemm call{};
+  call.w = w;
+  call.packed = check_packed(packed, w.bytes, kVectorAlignment);
+  const Dtype dtype = check_x(input, packed, w.n, w.k, n);
+  check_bias(bias, input, n);
+  const int64_t m = input.numel() / w.k;
+  check(m <= INT32_MAX, "x has " + std::to_string(m) + " tokens, at most 2^31 - 1 are taken");
+
+  const Current current(input);
+  const Kernel& kernel = named([&]() -> const Kernel& { return choose(w, m, dtype, kernel_name, current.device().arch, current.device().sms); });
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = n;
+  Tensor output = torch::stable::new_empty(input, sizes);
+  if (m == 0) return output;
+  const Tensor x = readable(input);
+  const std::optional<Tensor> added = bias ? std::optional<Tensor>(readable(*bias)) : std::nullopt;
+  if (kernel.method == kDequantize) {
+    const Tensor rows = torch::stable::view(detached(x), {m, int64_t(w.k)});
+    Tensor y = torch::stable::view(output, {m, n});
+    dequantize_and_multiply(w, call.packed, rows, added ? std::optional<Tensor>(detached(*added)) : std::nullopt, y, dtype, current.stream());
+  } else {
+    call.x = x.data_ptr();
+    call.bias = added ? added->data_ptr() : nullptr;
+    call.y = output.data_ptr();
+    call.m = int(m);
+    call.f16 = dtype == kF16;
+    call.workspace = workspace(current, input);
+    call.device = current.device();
+    call.stream = current.stream();
+    check_launch(kernel.method == kMma ? run_mma(call) : run_wgmma(call));
+  }
+  count(kernel, w, m);
+  return output;
+}
+
+Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codebooks, const Tensor& header) {
+  const Layer layer = read_header(header);
+  const Packed& w = layer.w;
+  check(qweight.is_cuda(), "qweight must be a CUDA tensor");
+  check_parts(qweight, scales, codebooks, w.n, w.k, w.bits, w.groups, w.n_shards, w.scale_f16 ? kScaleF16 : kScaleBf16);
+  const Current current(qweight);
+  Tensor packed = torch::stable::new_empty(qweight, {w.bytes});
+  check_launch(run_pack(w, layer.shards.data(), static_cast<const uint8_t*>(qweight.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
+                        static_cast<const float*>(codebooks.data_ptr()), static_cast<uint8_t*>(packed.data_ptr()), current.stream()));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lut_unpack(const Tensor& packed, const Tensor& header) {
+  const Packed w = read_header(header).w;
+  check(packed.is_cuda(), "packed must be a CUDA tensor");
+  const uint8_t* data = check_packed(packed, w.bytes, kVectorAlignment);
+  const Current current(packed);
+  Tensor qweight = torch::stable::new_empty(packed, {int64_t(w.n), int64_t(w.k) * w.bits / 8});
+  Tensor scales = torch::stable::new_empty(packed, {int64_t(w.n), int64_t(w.groups)}, scale_type(w.scale_f16 ? kScaleF16 : kScaleBf16));
+  Tensor codebooks = torch::stable::new_empty(packed, {int64_t(w.n_shards), int64_t(1) << w.bits}, ScalarType::Float);
+  check_launch(run_unpack(w, data, static_cast<uint8_t*>(qweight.data_ptr()), static_cast<uint16_t*>(scales.data_ptr()),
+                          static_cast<float*>(codebooks.data_ptr()), current.stream()));
+  return {qweight, scales, codebooks};
+}
+
+}  // namespace
+
+}  // namespace flute::cuda
+
+// What the library's CUDA runtime says of a GPU: null, or one line that says why it cannot use it.
+FLUTE_EXPORT const char* flute_cuda_device(int index, int* arch, int* sms) {
+  flute::cuda::Device device{};
+  const char* why = flute::cuda::read_device(index, &device);
+  *arch = device.arch;
+  *sms = device.sms;
+  return why;
+}
+
+// Registers the operators, once. Not done by loading the library: on a GPU that it has no code for, others implement them.
+// The ABI version is part of each name: see vllm_flute/ops.py.
+FLUTE_EXPORT void flute_cuda_register() {
+  using namespace torch::stable::detail;
+  static const StableTorchLibraryInit implementations(
+      StableLibrary::Kind::IMPL,
+      [](StableLibrary& m) {
+        m.impl("lut_linear_v1", TORCH_BOX(&flute::cuda::lut_linear));
+        m.impl("lut_pack_v1", TORCH_BOX(&flute::cuda::lut_pack));
+        m.impl("lut_unpack_v1", TORCH_BOX(&flute::cuda::lut_unpack));
+      },
+      "vllm_flute", "CUDA", __FILE__, __LINE__);
+}
