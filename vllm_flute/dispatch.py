@@ -5,17 +5,20 @@ A backend is chosen per device when weights are packed; the kernel within it is 
 
 import functools
 import logging
+from pathlib import Path
 
 import torch
 
 from . import reference
-from .backends import Kernel, cpu, portable
+from .backends import Kernel, cpu, cuda, portable, rows, triton
 from .errors import FluteError
 from .format import LutTensor
-from .layout import Layout
+from .layout import ROWS, Layout
 from .ops import lut_linear_op, lut_pack_op
 
 logger = logging.getLogger(__name__)
+
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 @functools.cache
@@ -24,6 +27,8 @@ def backend(device_type: str):
 
     Raises FluteError for another device and for a VLLM_FLUTE_ISA that this CPU does not have.
     """
+    if device_type not in _KEYS:
+        raise FluteError(f"device {device_type!r} is not supported: use a CPU or an NVIDIA GPU")
     if device_type == "cpu":
         missing = cpu.load()
         if not missing:
@@ -31,15 +36,23 @@ def backend(device_type: str):
             if found["error"]:
                 raise FluteError(found["error"])
             return cpu, f"native CPU library, isa {found['isa']}"
-        key = "CPU"
-    elif device_type == "cuda":
-        missing, key = "the fused GPU kernels are not part of this version", "CUDA"
     else:
-        raise FluteError(f"device {device_type!r} is not supported: use a CPU or an NVIDIA GPU")
-    portable.register(key)
+        missing = cuda.load()
+        if not missing:
+            return cuda, f"native CUDA library, isa {cuda.isa()}"
+        without_triton = triton.available()
+        if not without_triton:
+            why = f"slower path: fused kernels in Triton, because {missing}"
+            return _register(triton, device_type, why), why
+        missing = f"{missing}; {without_triton}"
     why = f"slow path: dequantize and multiply with torch, because {missing}"
+    return _register(portable, device_type, why), why
+
+
+def _register(module, device_type: str, why: str):
+    module.register(_KEYS[device_type])
     logger.warning("vllm-flute on %s: %s", device_type, why)
-    return portable, why
+    return module
 
 
 def kernels(device_type: str) -> list[Kernel]:
@@ -49,12 +62,22 @@ def kernels(device_type: str) -> list[Kernel]:
 
 def isa(device_type: str) -> str:
     """The instruction set that a device's kernels use."""
-    return cpu.describe()["isa"] if backend(device_type)[0] is cpu else "torch"
+    module = backend(device_type)[0]
+    if module is cpu:
+        return cpu.describe()["isa"]
+    return cuda.isa() if module is cuda else module.kernels()[0].isa
 
 
 def choose(header: torch.Tensor, m: int, dtype: torch.dtype, device_type: str) -> str:
     """The name of the kernel that a call with M tokens would run."""
-    return cpu.choose(header, m, dtype) if backend(device_type)[0] is cpu else portable.NAME
+    module = backend(device_type)[0]
+    return module.choose(header, m, dtype) if module in (cpu, cuda) else module.kernels()[0].name
+
+
+def table_path(device_type: str) -> Path | None:
+    """The file of the measured table that chooses a device's kernels; None: an analytic default does."""
+    module = backend(device_type)[0]
+    return module.table_path() if module in (cpu, cuda) else None
 
 
 def pack_parts(qweight, scales, codebooks, group_size: int, shards) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +102,7 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
     Args:
         x: bf16, fp16 or fp32 ``[..., K]``.
         bias: ``[N]`` in x's dtype, or None.
-        kernel: "reference", a name that ``vllm-flute doctor`` lists, or None for the dispatcher's choice.
+        kernel: "reference", "triton", a name that ``vllm-flute doctor`` lists, or None for the dispatcher's choice.
 
     Returns ``[..., N]`` in x's dtype, accumulated in fp32. Raises FluteError for an unknown kernel or shape.
     """
@@ -88,9 +111,15 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
         raise FluteError(f"x has K={x.shape[-1]}, {t.name} has K={k}")
     if kernel == "reference":
         return reference.linear(x, t, bias)
+    if kernel == triton.NAME:
+        if "rows" not in t.packed:
+            header = Layout(ROWS, t.bits, t.group_size, k, t.scales.dtype, (n,)).header()
+            t.packed["rows"] = rows.pack(t.qweight, t.scales, t.codebook[None], header), header
+        return triton.linear(x, *t.packed["rows"], bias)
     names = [item.name for item in kernels(x.device.type)]
     if kernel and kernel not in names:
-        raise FluteError(f"unknown kernel {kernel!r} on {x.device.type} (known: reference, {', '.join(names)})")
+        known = ", ".join(dict.fromkeys(("reference", *names, triton.NAME)))
+        raise FluteError(f"unknown kernel {kernel!r} on {x.device.type} (known: {known})")
     if "packed" not in t.packed:
         t.packed["packed"] = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [n])
     packed, header = t.packed["packed"]

@@ -16,10 +16,11 @@ from .errors import FluteError
 MAGIC = 0x464C555445  # "FLUTE"
 ABI = 1  # also in the operators' names
 
-# Layout ids. ROWS is the on-disk order and is read by the portable backend; the others are the CPU library's:
-# TERNARY16 is TILE16 for 2-bit weights of three values, TRIT20 has those in 1.6 bits where a row has one scale.
-ROWS, TILE16, TERNARY16, TRIT20 = 0, 1, 2, 3
-LAYOUTS = {ROWS: "rows", TILE16: "tile16", TERNARY16: "ternary16", TRIT20: "trit20"}
+# Layout ids. ROWS is the on-disk order and is read by the backends written in Python. The CPU library's are TILE16,
+# TERNARY16, which is TILE16 for 2-bit weights of three values, and TRIT20, which has those in 1.6 bits where a row has
+# one scale. MMA64 is the CUDA library's (kernels/cuda/layout.h).
+ROWS, TILE16, TERNARY16, TRIT20, MMA64 = 0, 1, 2, 3, 4
+LAYOUTS = {ROWS: "rows", TILE16: "tile16", TERNARY16: "ternary16", TRIT20: "trit20", MMA64: "mma64"}
 
 _SCALE_CODE = {torch.bfloat16: 0, torch.float16: 1}
 _SCALE_DTYPE = {v: k for k, v in _SCALE_CODE.items()}

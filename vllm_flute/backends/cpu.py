@@ -7,36 +7,21 @@ what is not an operator: its list of kernels, its choice, the table it chooses b
 import ctypes
 import functools
 import json
-import logging
 from pathlib import Path
 
 import torch
 
 from .. import counters
-from ..errors import FluteError
 from ..layout import TERNARY16, TILE16, TRIT20
 from . import Kernel, table
 
-logger = logging.getLogger(__name__)
-
 _PATH = Path(__file__).resolve().parent.parent / "libvllm_flute_cpu.so"
-_NO_LIMIT = 2**63 - 1
 # Where layout TRIT20 pays (measured on Zen 4, one core, weights in its cache, against 2 bits): with bf16 multiply-adds
 # one token takes 3% more time, two to four a sixth less, many in the vector LUT 7% more. In fp32 nothing is gained but
 # the bytes, in AVX2 decoding costs 40% more, and the tiles of AMX do not read it.
 _TRIT_ISAS = ("avx512bf16",)
 
-
-class _TableLine(ctypes.Structure):
-    """flute.h's TableLine."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("bits", "dtype", "max_tokens", "max_weights", "slot")]
-
-
 _threads = None  # that the table in use was looked up for
-_table_path: Path | None = None
-_lines: list[table.Line] = []
-_buffers = []  # every table that the library was given: a kernel may be choosing in another thread
 
 
 @functools.cache
@@ -105,51 +90,29 @@ def machine() -> dict:
 
 def table_path() -> Path | None:
     """The file of the table in use; None: the analytic default decides alone."""
-    return _table_path
-
-
-def set_table(lines: list[table.Line]) -> None:
-    """Choose by these lines first, and by the analytic default where none decides; without lines, by that alone."""
-    global _lines
-    slots = {kernel.name: kernel.slot for kernel in kernels()}
-    rows = []
-    for line in lines:
-        limits = (line.max_tokens or _NO_LIMIT, line.max_weights or _NO_LIMIT)
-        rows.append((table.KINDS[line.kind], table.DTYPES[line.dtype], *limits, slots[line.kernel]))
-    buffer = (_TableLine * len(rows))(*rows)
-    _buffers.append(buffer)
-    _load()[0].flute_cpu_set_table(ctypes.addressof(buffer) if rows else None, len(rows))
-    _lines = lines
+    return _table.path
 
 
 def default_choice(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:
     """What `choose` would answer without a table; for benchmarks, not beside running kernels."""
-    lines = _lines
-    set_table([])
-    try:
+    with _table.without():
         return choose(header, m, dtype)
-    finally:
-        set_table(lines)
 
 
 def use_table() -> None:
     """Look for the table of this machine and torch's number of threads, and choose by it; a bad one is logged once."""
-    global _table_path, _threads
+    global _threads
     _threads = torch.get_num_threads()
-    on, lines = machine(), []
     # VLLM_FLUTE_ACTIVATIONS=int8 asks for kernels that no table may hold, and that a table would come before.
-    _table_path = None if describe().get("activations") == "int8" else table.find(on)
-    if _table_path:
-        try:
-            lines = table.read(_table_path, on, [kernel.name for kernel in kernels()])
-        except FluteError as e:
-            _table_path = None
-            logger.warning("the analytic default chooses kernels: %s", e)
-        else:
-            logger.info("kernels are chosen by the measured table %s", _table_path)
-    set_table(lines)
+    _table.clear() if describe().get("activations") == "int8" else _table.look_for(machine())
 
 
 def _follow_threads() -> None:
     if _threads != torch.get_num_threads() and not describe().get("error"):
         use_table()
+
+
+_table = table.InUse(
+    lambda: {kernel.name: kernel.slot for kernel in kernels()},
+    lambda lines, count: _load()[0].flute_cpu_set_table(lines, count),
+)

@@ -1,23 +1,28 @@
 """The measured dispatch table of a machine: its file, and the rule that derives it from measurements.
 
 `vllm-flute bench kernels --write-table` writes one small JSON file for each CPU model, instruction set, number of
-threads and set of kernels; backends/cpu.py hands its lines to the native library, which asks them before its analytic
-default (kernels/include/flute.h, TableLine). A table says nothing about a machine other than its own, so one that was
-measured elsewhere, or before the kernels changed, is refused.
+threads and set of kernels, or for each GPU and set of kernels; backends/cpu.py and cuda.py hand its lines to their
+native libraries, which ask them before their analytic defaults (kernels/include/flute.h, TableLine). A table says
+nothing about a machine other than its own: one that was measured elsewhere, or before the kernels changed, is refused.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import FluteError
+
+logger = logging.getLogger(__name__)
 
 ENV = "VLLM_FLUTE_TABLE"  # "off", or the path of a table
 VERSION = 1
@@ -25,6 +30,7 @@ KINDS = {"ternary": 1, "2": 2, "3": 3, "4": 4}  # of weights, with flute.h's num
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations, likewise
 CHANGES_RESULTS = ("int8",)  # arithmetic that a table may not bring in: it is for the user to ask for
 NOISE = 0.03  # a kernel replaces the default where it is faster by more than this
+_NO_LIMIT = 2**63 - 1
 
 
 class Measurement(NamedTuple):
@@ -104,17 +110,27 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _digest(kernel_names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(kernel_names).encode()).hexdigest()[:12]
+
+
 def machine(isa: str, threads: int, kernel_names: Iterable[str]) -> dict:
-    """What a table is measured on, and valid for."""
-    digest = hashlib.sha256("\n".join(kernel_names).encode()).hexdigest()[:12]
-    return {"cpu": cpu_model(), "isa": isa, "threads": threads, "kernels": digest}
+    """What a table of CPU kernels is measured on, and valid for."""
+    return {"cpu": cpu_model(), "isa": isa, "threads": threads, "kernels": _digest(kernel_names)}
+
+
+def gpu_machine(name: str, arch: str, multiprocessors: int, kernel_names: Iterable[str]) -> dict:
+    """What a table of GPU kernels is measured on, and valid for."""
+    return {"gpu": name, "isa": arch, "multiprocessors": multiprocessors, "kernels": _digest(kernel_names)}
 
 
 def default_path(on: dict) -> Path:
     """Where this machine's table is, whether it exists or not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cpu = re.sub(r"\W+", "-", on["cpu"]).strip("-").lower()
-    return cache / "vllm-flute" / f"cpu-{cpu}-{on['isa']}-{on['threads']}t-{on['kernels']}.json"
+    device = "cpu" if "cpu" in on else "gpu"
+    name = re.sub(r"\W+", "-", on[device]).strip("-").lower()
+    size = f"{on['threads']}t" if device == "cpu" else f"{on['multiprocessors']}sm"
+    return cache / "vllm-flute" / f"{device}-{name}-{on['isa']}-{size}-{on['kernels']}.json"
 
 
 def find(on: dict) -> Path | None:
@@ -156,3 +172,66 @@ def read(path: Path, on: dict, kernel_names: Iterable[str]) -> list[Line]:
         if not known or not all(limit is None or (type(limit) is int and limit > 0) for limit in limits):
             raise FluteError(f"dispatch table {path} has a line that means nothing here, {tuple(line)}: {again}")
     return lines
+
+
+# ---- the table in use ----
+
+
+class _NativeLine(ctypes.Structure):
+    """flute.h's TableLine."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("bits", "dtype", "max_tokens", "max_weights", "slot")]
+
+
+class InUse:
+    """The lines that a native library chooses by.
+
+    Attributes:
+        path: the file that they are from; None: the analytic default decides alone, or `set` was called.
+    """
+
+    def __init__(self, slots: Callable[[], dict[str, int]], set_native: Callable[[int | None, int], None]):
+        """``slots()`` is the kernels' slots by name; ``set_native(address, lines)`` hands lines to the library."""
+        self.path: Path | None = None
+        self._slots, self._set_native = slots, set_native
+        self._lines: list[Line] = []
+        self._buffers = []  # every table that the library was given: a kernel may be choosing in another thread
+
+    def set(self, lines: list[Line]) -> None:
+        """Choose by these lines first, and by the analytic default where none decides; without lines, by that alone."""
+        slots, rows = self._slots(), []
+        for line in lines:
+            limits = (line.max_tokens or _NO_LIMIT, line.max_weights or _NO_LIMIT)
+            rows.append((KINDS[line.kind], DTYPES[line.dtype], *limits, slots[line.kernel]))
+        buffer = (_NativeLine * len(rows))(*rows)
+        self._buffers.append(buffer)
+        self._set_native(ctypes.addressof(buffer) if rows else None, len(rows))
+        self._lines = lines
+
+    @contextlib.contextmanager
+    def without(self):
+        """The analytic default alone, for a while; for benchmarks, not beside running kernels."""
+        lines = self._lines
+        self.set([])
+        try:
+            yield
+        finally:
+            self.set(lines)
+
+    def look_for(self, on: dict) -> None:
+        """Find the table of this machine and choose by it; a bad one is logged."""
+        self.path, lines = find(on), []
+        if self.path:
+            try:
+                lines = read(self.path, on, self._slots())
+            except FluteError as e:
+                self.path = None
+                logger.warning("the analytic default chooses kernels: %s", e)
+            else:
+                logger.info("kernels are chosen by the measured table %s", self.path)
+        self.set(lines)
+
+    def clear(self) -> None:
+        """Choose by the analytic default alone."""
+        self.path = None
+        self.set([])

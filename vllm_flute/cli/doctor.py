@@ -45,7 +45,7 @@ def _collect() -> dict:
     import torch
 
     from .. import __version__, dispatch
-    from ..backends import cpu
+    from ..backends import cpu, cuda
     from ..layout import Layout
 
     def choices(device: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -65,7 +65,7 @@ def _collect() -> dict:
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         kernels = dispatch.kernels(device)
         module, why = dispatch.backend(device)
-        path = cpu.table_path() if module is cpu else None
+        path = dispatch.table_path(device)
         devices[device] = {
             "why": why,
             "isa": dispatch.isa(device),
@@ -85,6 +85,7 @@ def _collect() -> dict:
         "plugin": next((p.value for p in plugins if p.value.startswith("vllm_flute")), None),
         "cpu": _cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda_library": cuda.built(),
         "isa_forced": os.environ.get("VLLM_FLUTE_ISA"),
         "devices": devices,
     }
@@ -114,6 +115,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     facts.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, {size(cpu['memory_bytes'])}")
     facts.add_row("CPU features", " ".join(cpu["features"]) or "none of those that kernels use")
     facts.add_row("GPU", found["gpu"] or "none that torch can use")
+    facts.add_row("CUDA kernels", found["cuda_library"])
     facts.add_row("VLLM_FLUTE_ISA", forced or "not set: the best instruction set is used")
     console = Console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe
     console.print(facts)
