@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerance import assert_within_bound
 
-from vllm_flute import FluteError, LutTensor, counters, quantize
+from vllm_flute import FluteError, LutTensor, counters, lut_linear, quantize
 from vllm_flute.backends import rows, triton
 from vllm_flute.layout import ROWS, Layout
 from vllm_flute.ops import lut_linear_op, lut_pack_op, lut_unpack_op
@@ -226,6 +226,14 @@ def test_counters():
     triton.linear(torch.randn(0, 64), packed, header)
     new = counters.page[triton.SLOT] - before
     assert new[counters.bucket(7)].tolist() == [1, 7, packed.numel()] and new.sum() == 8 + packed.numel()
+
+
+def test_the_functional_front():
+    t, x = quantize(torch.randn(24, 72), bits=3, group_size=24), torch.randn(2, 3, 72).half()
+    bias = torch.randn(24).half()
+    before = counters.page[triton.SLOT].sum()
+    assert_within_bound(lut_linear(x, t, bias, kernel="triton"), x, t, bias)
+    assert counters.page[triton.SLOT].sum() > before
 
 
 def test_the_operators():

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_within_bound
 
-from vllm_flute import FluteError, quantize
-from vllm_flute.backends import rows, triton
+from vllm_flute import FluteError, LutTensor, quantize
+from vllm_flute.backends import portable, rows, triton
 from vllm_flute.layout import ROWS, Layout
 
 TESTS = Path(__file__).resolve().parent
@@ -28,6 +29,28 @@ def test_interpreted():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     (passed,) = re.findall(r"^(\d+) passed(?:, \d+ warnings?)? in", done.stdout, re.MULTILINE)  # and none skipped
     assert int(passed) > 90
+
+
+# ---- layout ROWS ----
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("shards", "k", "group"), [([8], 24, 24), ([3, 4], 40, 8), ([16, 8], 128, 32), ([8], 200, 40)])
+def test_rows(bits, shards, k, group):
+    """Parts come back as they were, rows start at whole words, and the portable backend multiplies with them."""
+    parts = [quantize(torch.randn(n, k), bits=bits, group_size=group) for n in shards]
+    header = Layout(ROWS, bits, group, k, parts[0].scales.dtype, tuple(shards)).header()
+    qweight, scales = torch.cat([t.qweight for t in parts]), torch.cat([t.scales for t in parts])
+    codebooks = torch.stack([t.codebook * (i + 1) for i, t in enumerate(parts)])
+    packed = rows.pack(qweight, scales, codebooks, header)
+    for found, expected in zip(rows.unpack(packed, header), (qweight, scales, codebooks), strict=True):
+        assert torch.equal(found, expected)
+    row = rows.read(packed, header).qweight
+    assert row.storage_offset() % 16 == 0 and row.stride() == (-(-k // 32) * 4 * bits, 1)
+    x = torch.randn(3, k)
+    y = portable._linear(x, packed, header, None, sum(shards), "").split(shards, -1)
+    for i, (actual, t) in enumerate(zip(y, parts, strict=True)):
+        assert_within_bound(actual, x, LutTensor(t.qweight, t.scales, codebooks[i]))
 
 
 # ---- what the kernels compile to ----
