@@ -99,7 +99,10 @@ def modules(monkeypatch):
 def test_rates_stand_beside_what_was_assumed(modules):
     import micro
 
-    printed = [{"name": "prmt", "warps": 32, "per_cycle": 32.0}, {"name": "decode_4bit_8tokens", "per_cycle": 23.27}]
+    printed = [
+        {"name": "prmt", "warps": 32, "per_cycle": 32.0},
+        {"name": "decode_4bit_8tokens_row256", "per_cycle": 23.27},
+    ]
     printed.append({"name": "read_global", "gb_s": 1.0})
     prmt, decode, read = micro.rows("\n".join(map(json.dumps, printed)))
     assert prmt["ratio"] == 0.5 and prmt["assumed"] == 64

@@ -15,6 +15,8 @@
 #include <random>
 #include <vector>
 
+#include "../../cuda/decode.h"
+
 #define CHECK(call)                                                                          \
   do {                                                                                       \
     const cudaError_t code = (call);                                                         \
@@ -25,6 +27,8 @@
   } while (0)
 
 namespace {
+
+namespace cuda = flute::cuda;
 
 constexpr int kOps = 64;  // of an unrolled step
 constexpr int kChains = 8;
@@ -61,8 +65,10 @@ struct Lop3 {
   }
   __device__ void step(int) {
 #pragma unroll
-    for (int i = 0; i < kOps; ++i)  // 0xe8: the majority, which two of them do not make one
-      asm volatile("lop3.b32 %0, %0, %1, %2, 0xe8;" : "+r"(r[i % kChains]) : "r"(r[(i + 1) % kChains]), "r"(r[(i + 3) % kChains]));
+    for (int i = 0; i < kOps; ++i) {  // 0xe8: the majority, of which two do not make one
+      const uint32_t b = r[(i + 1) % kChains], c = r[(i + 3) % kChains];
+      asm volatile("lop3.b32 %0, %0, %1, %2, 0xe8;" : "+r"(r[i % kChains]) : "r"(b), "r"(c));
+    }
   }
   __device__ uint32_t result() const { return r[0] ^ r[1] ^ r[2] ^ r[3] ^ r[4] ^ r[5] ^ r[6] ^ r[7]; }
 };
@@ -113,13 +119,6 @@ struct Hmul2 {  // bf16; before sm_90, which has no such multiplication, fp16
   __device__ uint32_t result() const { return r[0] ^ r[1] ^ r[2] ^ r[3] ^ r[4] ^ r[5] ^ r[6] ^ r[7]; }
 };
 
-__device__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 struct Mma {
   static constexpr int kWork = kOps, kThreads = 1024;  // an operation of all lanes is one m16n8k16
   float d[4][4];
@@ -131,7 +130,7 @@ struct Mma {
   }
   __device__ void step(int) {
 #pragma unroll
-    for (int i = 0; i < kOps; ++i) mma(d[i % 4], a, b);
+    for (int i = 0; i < kOps; ++i) cuda::mma<false>(d[i % 4], a, b[0], b[1]);
   }
   __device__ uint32_t result() const { return __float_as_uint(d[0][0] + d[1][1] + d[2][2] + d[3][3]); }
 };
@@ -188,90 +187,62 @@ struct Ldmatrix {
 
 // ---- the inner loop of the design ----
 
-// A step of one warp: 64 rows x 64 inputs of codes of kBits from shared memory, in the order of ../../cuda/layout.h, through
-// a table of pairs (2 bits: of quads) with rows of 256 bytes, so that one prmt makes an address, into mma with kTiles
-// times 8 tokens, whose activations come by ldmatrix. No copies from global memory, no scales.
-template <int kBits, int kTiles>
+// A step of one warp: 64 rows x 64 inputs of codes of kBits from shared memory through a table with rows of kRow bytes (the
+// kernels' own, ../../cuda/decode.h) into mma with kTiles times 8 tokens, whose activations come by ldmatrix. No copies from
+// global memory, no scales.
+template <int kBits, int kRow, int kTiles>
 struct Decode {
   static constexpr int kWork = 64 * 64 / 32;  // weights, spread over the lanes
   static constexpr int kThreads = kTiles == 4 ? 256 : 512;  // more would spill
-  static constexpr int kRow = 256, kEntries = kBits == 3 ? 64 : 256, kTableBytes = kRow * kEntries;
-  static constexpr int kRing = 2, kCodeBytes = kBits * 512, kTokenBytes = (64 + 8) * 2;  // x: padded rows meet no bank twice
-  static constexpr int kSharedBytes = kTableBytes + kRing * (16 * kCodeBytes + kTiles * 8 * kTokenBytes);
+  static constexpr int kTableBytes = cuda::table_bytes(kBits, kRow), kCodeBytes = int(cuda::block_bytes(kBits));
+  static constexpr int kRing = 2, kTokenBytes = (64 + 8) * 2;  // x: with 16 more bytes no two rows are in the same banks
+  static constexpr int kXBytes = kTiles * 8 * kTokenBytes;
+  static constexpr int kSharedBytes = kTableBytes + kRing * (kThreads / 32 * kCodeBytes + kXBytes);
   float acc[4][kTiles][4];
-  uint32_t table, codes, x, lane_offset;
+  uint32_t table, codes, x, copy;
 
   __device__ Decode(uint8_t* shared, const Inputs& in) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(shared);
-    for (int i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x)  // codes: anything; values: finite bf16
-      words[i] = i < kTableBytes / 4 ? in.numbers[i % 1024] & 0x3fff3fff : kBits == 3 ? in.numbers[i % 1024] : in.numbers[i % 1024] ^ i;
-    for (int i = threadIdx.x; i < kRing * kTiles * 8 * kTokenBytes / 4; i += blockDim.x)
-      words[(kTableBytes + kRing * 16 * kCodeBytes) / 4 + i] = in.numbers[i % 1024] & 0x3fff3fff;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     table = shared_address(shared);
-    codes = table + kTableBytes + warp * kRing * kCodeBytes + lane * 16;
-    x = table + kTableBytes + kRing * 16 * kCodeBytes + lane % 8 * kTokenBytes + lane / 8 * 16;
-    lane_offset = kBits == 2 ? lane % 16 * 8 : lane * 4;
+    codes = table + kTableBytes;
+    x = codes + kRing * kThreads / 32 * kCodeBytes;
+    uint32_t* const words = reinterpret_cast<uint32_t*>(shared + kTableBytes);
+    for (int i = threadIdx.x; i < (kSharedBytes - kTableBytes) / 4; i += blockDim.x) {  // codes are any bits, x is finite
+      const uint32_t number = in.numbers[i % 1024];
+      words[i] = uint32_t(i) * 4 < x - codes ? number ^ uint32_t(i) * 0x9e3779b9 : number & 0x3fff3fff;
+    }
+    __shared__ float book[16];
+    if (threadIdx.x < 16) book[threadIdx.x] = float(in.numbers[threadIdx.x]) * 0x1p-32f;
+    __syncthreads();
+    cuda::build_table<kBits, kRow, false>(table, book, 1, threadIdx.x, blockDim.x);
+    codes += warp * kRing * kCodeBytes + lane * 16;
+    x += lane % 8 * kTokenBytes + lane / 8 * 16;
+    copy = cuda::lane_copy<kBits>(lane);
     for (int i = 0; i < 16 * kTiles; ++i) acc[i / 4 / kTiles][i / 4 % kTiles][i % 4] = 0;
-  }
-
-  template <int kByte>
-  __device__ uint32_t address(uint32_t indices) const {  // byte 1: the index; byte 0: the lane's column
-    uint32_t r;
-    asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(indices), "r"(lane_offset), "n"(0x5504 | kByte << 4));
-    return table + r;
-  }
-  __device__ static uint32_t load(uint32_t at) {
-    uint32_t r;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(at));
-    return r;
-  }
-  __device__ static void load_pair(uint32_t at, uint32_t& first, uint32_t& second) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(at));
   }
 
   __device__ void step(int iteration) {
     const uint32_t ring = iteration % kRing;
-    uint32_t word[kBits][4], b[4][kTiles][2];
+    uint32_t word[4 * kBits], b[kTiles][2][4];
 #pragma unroll
-    for (int v = 0; v < kBits; ++v)
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[v][0]), "=r"(word[v][1]), "=r"(word[v][2]), "=r"(word[v][3])
-                   : "r"(codes + ring * kCodeBytes + v * 512));
+    for (int v = 0; v < kBits; ++v) {
+      const cuda::Words4 four = cuda::lds128(codes + ring * kCodeBytes + v * cuda::kVectorBytes);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+      for (int i = 0; i < 4; ++i) word[4 * v + i] = four.w[i];
+    }
 #pragma unroll
-      for (int s = 0; s < 4; s += 2)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(b[s][t][0]), "=r"(b[s][t][1]), "=r"(b[s + 1][t][0]), "=r"(b[s + 1][t][1])
-                     : "r"(x + (ring * kTiles + t) * 8 * kTokenBytes + s * 32));
+    for (int t = 0; t < kTiles; ++t) {
+      cuda::ldmatrix4(x + ring * kXBytes + t * 8 * kTokenBytes, b[t][0]);
+      cuda::ldmatrix4(x + ring * kXBytes + t * 8 * kTokenBytes + 64, b[t][1]);
+    }
 #pragma unroll
     for (int u = 0; u < 4; ++u)
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t a[4];
-        if constexpr (kBits == 2) {
-          const uint32_t w = word[u / 2][u % 2 * 2 + s / 2];
-          if (s % 2) {
-            load_pair(address<2>(w), a[0], a[1]);
-            load_pair(address<3>(w), a[2], a[3]);
-          } else {
-            load_pair(address<0>(w), a[0], a[1]);
-            load_pair(address<1>(w), a[2], a[3]);
-          }
-        } else {
-          uint32_t w = word[u][s];
-          if constexpr (kBits == 3) {
-            const uint32_t low = word[u / 2][u % 2 * 2 + s / 2] >> s % 2 * 4, high = word[2][u];
-            w = (low & 0x0f0f0f0f) | ((s < 2 ? high << (4 - 2 * s) : high >> (2 * s - 4)) & 0x30303030);
-          }
-          a[0] = load(address<0>(w));
-          a[1] = load(address<1>(w));
-          a[2] = load(address<2>(w));
-          a[3] = load(address<3>(w));
-        }
+        cuda::fragment<kBits, kRow>(table, copy, word, u, s, a);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) mma(acc[u][t], a, b[s][t]);
+        for (int t = 0; t < kTiles; ++t) cuda::mma<false>(acc[u][t], a, b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
       }
   }
   __device__ uint32_t result() const {
@@ -329,17 +300,25 @@ void measure(const Device& d, const char* name, int shared_bytes, int warps, int
     cycles.push_back(median(std::vector<double>(each.begin(), each.end())));
     mhz.push_back(cycles.back() / (ms * 1e3));  // a little low: the launch is in the time, not in the cycles
   }
-  const double c = median(cycles);
+  const double c = median(cycles), per_cycle = double(Op::kWork) * 32 * warps * iterations / c;
+  const auto range = std::minmax_element(cycles.begin(), cycles.end());
   printf("{\"name\": \"%s\", \"warps\": %d, \"per_cycle\": %.6g, \"cycles\": %.0f, \"spread\": %.4f, \"mhz\": %.0f}\n", name, warps,
-         double(Op::kWork) * 32 * warps * iterations / c, c, *std::max_element(cycles.begin(), cycles.end()) / *std::min_element(cycles.begin(), cycles.end()) - 1,
-         median(mhz));
+         per_cycle, c, *range.second / *range.first - 1, median(mhz));
   fflush(stdout);
 }
 
-template <int kBits, int kTiles>
-void measure_decode(const Device& d, const char* name) {
-  using Op = Decode<kBits, kTiles>;
+template <int kBits, int kRow, int kTiles>
+void measure_decode(const Device& d) {
+  using Op = Decode<kBits, kRow, kTiles>;
+  char name[64];
+  snprintf(name, sizeof name, "decode_%dbit_%dtokens_row%d", kBits, 8 * kTiles, kRow);
   for (int warps = 8; warps <= Op::kThreads / 32; warps *= 2) measure<Op>(d, name, Op::kSharedBytes, warps, 2000);
+}
+template <int kBits, int kRow>
+void measure_decode(const Device& d) {
+  measure_decode<kBits, kRow, 1>(d);
+  measure_decode<kBits, kRow, 2>(d);
+  measure_decode<kBits, kRow, 4>(d);
 }
 
 // Reading alone: what a call with one token does. 16 bytes a lane, 8 loads in flight.
@@ -418,15 +397,12 @@ int main() {
   measure<Table<2, 1>>(d, "lds64_x1", 256 * 8, 32, 500);
   measure<Table<4, 8>>(d, "lds128_x8", 256 * 8 * 16, 32, 500);
   measure<Ldmatrix>(d, "ldmatrix_x4", 512, 32, 500);
-  measure_decode<4, 1>(d, "decode_4bit_8tokens");
-  measure_decode<4, 2>(d, "decode_4bit_16tokens");
-  measure_decode<4, 4>(d, "decode_4bit_32tokens");
-  measure_decode<3, 1>(d, "decode_3bit_8tokens");
-  measure_decode<3, 2>(d, "decode_3bit_16tokens");
-  measure_decode<3, 4>(d, "decode_3bit_32tokens");
-  measure_decode<2, 1>(d, "decode_2bit_8tokens");
-  measure_decode<2, 2>(d, "decode_2bit_16tokens");
-  measure_decode<2, 4>(d, "decode_2bit_32tokens");
+  measure_decode<4, cuda::kWideRow>(d);
+  measure_decode<4, cuda::kRow>(d);
+  measure_decode<3, cuda::kWideRow>(d);
+  measure_decode<3, cuda::kRow>(d);
+  measure_decode<2, cuda::kWideRow>(d);
+  measure_decode<2, cuda::kRow>(d);
   measure_read(d, size_t(1) << 30);
   return 0;
 }

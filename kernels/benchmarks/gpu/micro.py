@@ -6,6 +6,7 @@ shared memory a cycle; of mma.sync it says nothing, and the figure is the dense 
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,17 +31,18 @@ ASSUMED = {
 }
 
 
-def decode_assumed(bits: int, tokens: int) -> tuple[float, str]:
+def decode_assumed(bits: int, tokens: int, row: int) -> tuple[float, str]:
     """Weights an SM and cycle of the inner loop by the assumptions above, and the pipe that limits it.
 
-      A step is 64 x 64 weights of one warp (micro.cu, Decode): loads of the codes (``bits`` times 16 bytes a lane), of
+    A step is 64 x 64 weights of one warp (micro.cu, Decode): loads of the codes (``bits`` times 16 bytes a lane), of
     the activations (ldmatrix.x4, two for 8 tokens), 64 lookups of pairs, or at 2 bits 32 of quads, which take 8 bytes;
-    a prmt a lookup; at 3 bits 20 shifts and 32 masks for all of them; 16 mma for 8 tokens.
+    for the address of a lookup a prmt, or in a table with rows of 128 bytes a shift and a lop3; at 3 bits 20 shifts and
+    32 lop3 for all indices; 16 mma for 8 tokens.
     """
     lookups = 32 if bits == 2 else 64
     cycles = {
         "shared memory": 4 * bits + 2 * (tokens // 8) * 4 + lookups * (2 if bits == 2 else 1),
-        "integer": (lookups + (52 if bits == 3 else 0)) / 2,
+        "integer": (lookups * (2 if row == 128 else 1) + (52 if bits == 3 else 0)) / 2,
         "tensor cores": 16 * (tokens // 8),
     }
     pipe = max(cycles, key=lambda name: cycles[name])
@@ -53,9 +55,8 @@ def rows(output: str) -> list[dict]:
     for line in output.splitlines():
         row = json.loads(line)
         name = row["name"]
-        if name.startswith("decode_"):
-            bits, tokens = name.split("_")[1:]
-            rate, pipe = decode_assumed(int(bits.removesuffix("bit")), int(tokens.removesuffix("tokens")))
+        if match := re.fullmatch(r"decode_(\d)bit_(\d+)tokens_row(\d+)", name):
+            rate, pipe = decode_assumed(*map(int, match.groups()))
             row |= {"assumed": rate, "assumed_from": f"limited by {pipe}"}
         elif name in ASSUMED:
             row |= dict(zip(("assumed", "assumed_from"), ASSUMED[name], strict=True))
