@@ -184,6 +184,24 @@ def test_a_library_that_is_missing_or_broken_is_one_line(tmp_path, monkeypatch):
         assert why in cuda.built() and cuda.kernels() == []
 
 
+def test_w_by_parts_is_torch_linear(tmp_path):
+    """How dequantize-cublas multiplies, with torch's CPU: W a part of its rows at a time, into parts of y."""
+    torch_dir = f"-DFLUTE_TORCH_DIR={Path(torch.__file__).parent}"
+    configured = configure(tmp_path, torch_dir, "-DFLUTE_TESTS=ON", "-DFLUTE_CUDA=off")
+    assert configured.returncode == 0, configured.stderr
+    built = run("cmake", "--build", tmp_path, "--target", "test_torch_dense")
+    assert built.returncode == 0, built.stdout[-4000:]
+    torch.ops.load_library(str(tmp_path / "libtest_torch_dense.so"))
+    for dtype, m in ((torch.float32, 1), (torch.bfloat16, 5), (torch.float16, 33)):
+        # Sums of small integers, exact in any order.
+        x = torch.randint(-3, 4, (m, 24)).to(dtype).requires_grad_()
+        weight, bias = torch.randint(-3, 4, (72, 24)).to(dtype), torch.randint(-3, 4, (72,)).to(dtype).requires_grad_()
+        for step in (8, 64, 72, 1000):
+            for added in (None, bias):
+                y = torch.ops.vllm_flute_test.multiply(x, weight, added, step)
+                assert torch.equal(y, torch.nn.functional.linear(x, weight, added)), (dtype, m, step)
+
+
 # ---- who runs on a GPU ----
 
 

@@ -60,7 +60,6 @@ std::string lacks(const Kernel& kernel, int arch) {
 const char* refuses(const Kernel& kernel, const Packed& w, Dtype dtype) {
   if (kernel.method == kDequantize) return nullptr;
   if (dtype == kF32) return "float32 activations";
-  if (w.n % 8) return "an N that is not a multiple of 8";  // rows of y are written 16 bytes at a time
   const bool power_of_two = (w.group_size & (w.group_size - 1)) == 0;
   return w.groups > 1 && (w.group_size < 16 || w.group_size > 256 || !power_of_two) ? "a group size other than 16, 32, 64, 128, 256 and K" : nullptr;
 }

@@ -17,8 +17,9 @@ namespace flute {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-static inline void check(bool ok, const std::string& message) {
-  if (!ok) throw std::runtime_error("vllm_flute: " + message);  // RuntimeError in Python
+[[noreturn]] static inline void fail(const std::string& message) { throw std::runtime_error("vllm_flute: " + message); }
+static inline void check(bool ok, const char* message) {
+  if (!ok) fail(message);
 }
 
 // Throws what the core throws as `check` does.
@@ -27,7 +28,7 @@ static auto named(const F& f) -> decltype(f()) {
   try {
     return f();
   } catch (const std::invalid_argument& e) {
-    throw std::runtime_error(std::string("vllm_flute: ") + e.what());
+    fail(e.what());
   }
 }
 
@@ -53,31 +54,36 @@ static inline const int64_t* check_header(const Tensor& header) {
 }
 
 static inline const uint8_t* check_packed(const Tensor& packed, int64_t bytes, size_t alignment) {
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() && packed.numel() == bytes,
-        "packed is " + shape(packed) + ", its header says a contiguous uint8 " + device_name(packed) + " tensor of " + std::to_string(bytes) + " bytes");
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous() || packed.numel() != bytes) {
+    fail("packed is " + shape(packed) + ", its header says a contiguous uint8 " + device_name(packed) + " tensor of " + std::to_string(bytes) + " bytes");
+  }
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
-  check(reinterpret_cast<uintptr_t>(data) % alignment == 0, "packed is not aligned to " + std::to_string(alignment) + " bytes");
+  if (reinterpret_cast<uintptr_t>(data) % alignment) fail("packed is not aligned to " + std::to_string(alignment) + " bytes");
   return data;
 }
 
 // x [..., K] for weights [n, k]; `said` is the N that the caller gave.
 static inline Dtype check_x(const Tensor& x, const Tensor& packed, int64_t n, int64_t k, int64_t said) {
   const ScalarType type = x.scalar_type();
-  check(same_device(x, packed) && (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
-        "x must be a float32, bfloat16 or float16 " + device_name(packed) + " tensor, on the device of packed");
-  check(x.dim() >= 1 && x.size(x.dim() - 1) == k && said == n,
-        "x is " + shape(x) + " for weights of N=" + std::to_string(n) + ", K=" + std::to_string(k) + " (the caller said N=" + std::to_string(said) + ")");
+  if (!same_device(x, packed) || (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)) {
+    fail("x must be a float32, bfloat16 or float16 " + device_name(packed) + " tensor, on the device of packed");
+  }
+  if (x.dim() < 1 || x.size(x.dim() - 1) != k || said != n) {
+    fail("x is " + shape(x) + " for weights of N=" + std::to_string(n) + ", K=" + std::to_string(k) + " (the caller said N=" + std::to_string(said) + ")");
+  }
   return type == ScalarType::Float ? kF32 : type == ScalarType::BFloat16 ? kBf16 : kF16;
 }
 
 static inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
-  check(!bias || (same_device(*bias, x) && bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == n),
-        "bias is " + (bias ? shape(*bias) : "") + ", expected [" + std::to_string(n) + "] in the dtype and on the device of x");
+  if (bias && (!same_device(*bias, x) || bias->scalar_type() != x.scalar_type() || bias->dim() != 1 || bias->size(0) != n)) {
+    fail("bias is " + shape(*bias) + ", expected [" + std::to_string(n) + "] in the dtype and on the device of x");
+  }
 }
 
 static inline void check_matrix(const Tensor& t, const Tensor& like, const char* name, int64_t rows, int64_t columns) {
-  check(same_device(t, like) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
-        std::string(name) + " is " + shape(t) + ", expected a contiguous " + device_name(like) + " tensor [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+  if (!same_device(t, like) || t.dim() != 2 || t.size(0) != rows || t.size(1) != columns || !t.is_contiguous()) {
+    fail(std::string(name) + " is " + shape(t) + ", expected a contiguous " + device_name(like) + " tensor [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+  }
 }
 
 static inline ScalarType scale_type(ScaleDtype dtype) { return dtype == kScaleF16 ? ScalarType::Half : ScalarType::BFloat16; }

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -16,7 +15,7 @@
 #include <vector>
 
 #include "../cuda/registry.h"
-#include "checks.h"
+#include "dense.h"
 
 namespace flute::cuda {
 
@@ -24,7 +23,9 @@ namespace {
 
 constexpr size_t kVectorAlignment = 16;
 
-void check_launch(const char* why) { check(!why, why ? why : ""); }
+void check_launch(const char* why) {
+  if (why) fail(why);
+}
 void check_cuda(cudaError_t error) { check_launch(error == cudaSuccess ? nullptr : cudaGetErrorString(error)); }
 
 void* current_stream(int32_t device) {
@@ -116,33 +117,8 @@ Tensor readable(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(dense.data_ptr()) % kVectorAlignment ? torch::stable::clone(dense) : dense;
 }
 
-// W in x's dtype, a part of its rows at a time, multiplied by torch's cuBLAS. x [M, K], y [M, N].
-void dequantize_and_multiply(const Packed& w, const uint8_t* packed, const Tensor& x, std::optional<Tensor> bias, Tensor& y, Dtype dtype, void* stream) {
-  // Of W at a time: all of 8192 x 8192 in 16 bits, so that cuBLAS has large matrices and the model's memory is not twice its size.
-  constexpr int64_t kScratchBytes = int64_t(128) << 20;
-  const int64_t row_bytes = int64_t(w.k) * (dtype == kF32 ? 4 : 2);
-  const int64_t step = std::min<int64_t>(w.n, std::max<int64_t>(kStripRows, kScratchBytes / row_bytes / kStripRows * kStripRows));
-  Tensor scratch = torch::stable::new_empty(x, {step, int64_t(w.k)});
-  for (int64_t first = 0; first < w.n; first += step) {
-    const int64_t rows = std::min(step, w.n - first);
-    check_launch(run_dequantize(w, packed, first, rows, dtype, scratch.data_ptr(), stream));
-    const Tensor weight = torch::stable::narrow(scratch, 0, 0, rows);
-    const Tensor part = torch::stable::narrow(y, 1, first, rows);
-    std::optional<Tensor> part_bias;
-    if (bias) part_bias = torch::stable::narrow(*bias, 0, first, rows);
-    using torch::stable::detail::from;
-    std::array<StableIValue, 4> stack{from(x), from(weight), from(part_bias), from(part)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
-  }
-}
-
-// The operator below autograd: aten::linear with an output refuses tensors that want a gradient.
-Tensor detached(const Tensor& t) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+// Of W at a time: all of 8192 x 8192 in 16 bits, so that cuBLAS has large matrices and the model does not need its size twice.
+constexpr int64_t kScratchBytes = int64_t(128) << 20;
 
 Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel_name) {
   const Layer layer = read_header(header);
@@ -154,7 +130,7 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   const Dtype dtype = check_x(input, packed, w.n, w.k, n);
   check_bias(bias, input, n);
   const int64_t m = input.numel() / w.k;
-  check(m <= INT32_MAX, "x has " + std::to_string(m) + " tokens, at most 2^31 - 1 are taken");
+  check(m <= INT32_MAX, "x has more than 2^31 - 1 tokens");
 
   const Current current(input);
   const Kernel& kernel = named([&]() -> const Kernel& { return choose(w, m, dtype, kernel_name, current.device().arch, current.device().sms); });
@@ -163,11 +139,14 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   Tensor output = torch::stable::new_empty(input, sizes);
   if (m == 0) return output;
   const Tensor x = readable(input);
-  const std::optional<Tensor> added = bias ? std::optional<Tensor>(readable(*bias)) : std::nullopt;
+  std::optional<Tensor> added;
+  if (bias) added = readable(*bias);
   if (kernel.method == kDequantize) {
-    const Tensor rows = torch::stable::view(detached(x), {m, int64_t(w.k)});
-    Tensor y = torch::stable::view(output, {m, n});
-    dequantize_and_multiply(w, call.packed, rows, added ? std::optional<Tensor>(detached(*added)) : std::nullopt, y, dtype, current.stream());
+    const int64_t fit = kScratchBytes / (int64_t(w.k) * (dtype == kF32 ? 4 : 2)) / kStripRows * kStripRows;
+    multiply_by_parts(torch::stable::view(x, {m, int64_t(w.k)}), added, torch::stable::view(output, {m, n}), std::max<int64_t>(fit, kStripRows),
+                      [&](int64_t first, int64_t rows, void* dense) {
+                        check_launch(run_dequantize(w, call.packed, first, rows, dtype, dense, current.stream()));
+                      });
   } else {
     call.x = x.data_ptr();
     call.bias = added ? added->data_ptr() : nullptr;
