@@ -68,21 +68,23 @@ struct Layer {
 inline Layer make_layer(const Shape& shape, int bits, bool scale_f16, Values values, float book_size = 1, float scale_size = 1) {
   Layer layer;
   layer.values = values;
-  const Packed w = layer.w = describe(bits, scale_f16, shape.group_size, shape.k, shape.shards.data(), int64_t(shape.shards.size()));
+  const int64_t n_shards = int64_t(shape.shards.size());
+  const Packed w = layer.w = describe(bits, scale_f16, shape.group_size, shape.k, shape.shards.data(), n_shards);
   layer.packed = Buffer(w.bytes);
   uint8_t* const packed = layer.packed.data.get();
   memset(packed, 0, w.bytes);
   layer.weight.resize(size_t(w.n) * w.k);
   int strip = 0, first_row = 0;
-  for (size_t s = 0; s < shape.shards.size(); ++s) {
+  for (int64_t s = 0; s < n_shards; ++s) {
     float* const book = reinterpret_cast<float*>(packed) + 16 * s;
     for (int c = 0; c < 16; ++c) {
-      const float value = values == kWhole ? float(int(random32() % 31) - 15) * std::ldexp(1.0f, int(s)) : uniform() * book_size * float(s + 1);
+      const float whole = std::ldexp(float(int(random32() % 31) - 15), int(s)), any = uniform() * book_size * float(s + 1);
+      const float value = values == kWhole ? whole : any;
       book[c] = c < 1 << bits ? value : book[c % (1 << bits)];
     }
-    const int rows = int(shape.shards[s]), strips = (rows + kStripRows - 1) / kStripRows;
+    const int rows = int(shape.shards[size_t(s)]), strips = (rows + kStripRows - 1) / kStripRows;
     const Shard shard{strip, strips, first_row, rows};
-    memcpy(packed + shape.shards.size() * 64 + s * sizeof(Shard), &shard, sizeof shard);
+    memcpy(packed + n_shards * 64 + s * sizeof(Shard), &shard, sizeof shard);
     for (int r = 0; r < rows; ++r) {
       for (int g = 0; g < w.groups; ++g) {
         const float value = values == kWhole ? float(int(random32() % 15) - 7) * 0.125f : (1.5f + uniform()) * scale_size;
@@ -100,7 +102,9 @@ inline Layer make_layer(const Shape& shape, int bits, bool scale_f16, Values val
           }
           layer.weight[size_t(first_row + r) * w.k + k] = double(book[code]) * widen(scale, scale_f16);
         }
-        for (int c = 0; c < 1 << bits; ++c) layer.largest = std::max(layer.largest, std::fabs(double(book[c]) * widen(scale, scale_f16)));
+        for (int c = 0; c < 1 << bits; ++c) {
+          layer.largest = std::max(layer.largest, std::fabs(double(book[c]) * widen(scale, scale_f16)));
+        }
       }
     }
     strip += strips;
@@ -141,24 +145,27 @@ inline void set_input(Input& in, size_t i, float value) {
 using Kernel = const char* (*)(const Gemm&);
 
 // y of one launch, whose counters and workspace it checks. `order` seeds what the emulator leaves open.
-inline std::vector<uint16_t> run(Kernel kernel, const Layer& layer, const Input& in, const Device& device, bool with_bias, uint64_t order,
-                                 const std::string& name) {
+inline std::vector<uint16_t> run(Kernel kernel, const Layer& layer, const Input& in, const Device& device, bool with_bias,
+                                 uint64_t order, const std::string& name) {
   Buffer workspace(workspace_bytes(device)), y(size_t(in.m) * layer.w.n * 2);
   memset(workspace.data.get(), 0, kCounterBytes);
   simt::config = {order, device.shared_bytes};
   const uint64_t before = simt::launches();
-  const char* error = kernel({layer.w, layer.packed.data.get(), in.x.data.get(), with_bias ? in.bias.data.get() : nullptr, y.data.get(),
-                              in.m, in.f16, workspace.data.get(), device, nullptr});
+  const void* const bias = with_bias ? in.bias.data.get() : nullptr;
+  const char* error = kernel({layer.w, layer.packed.data.get(), in.x.data.get(), bias, y.data.get(), in.m, in.f16,
+                              workspace.data.get(), device, nullptr});
   ++calls;
   expect(!error, name + ": " + (error ? error : ""));
   expect(simt::launches() == before + 1, name + ": one launch");
-  expect(std::all_of(workspace.data.get(), workspace.data.get() + kCounterBytes, [](uint8_t b) { return b == 0; }), name + ": counters are zero again");
+  const uint8_t* const counters = workspace.data.get();
+  expect(std::all_of(counters, counters + kCounterBytes, [](uint8_t b) { return b == 0; }), name + ": counters are zero again");
   std::vector<uint16_t> result(y.size / 2);
   memcpy(result.data(), y.data.get(), y.size);
   return result;
 }
 
-// An error that a result may have: `unit` of sum |x||w| and `step` for each unit of sum |x|, of fp16's smallest values.
+// An error that a result may have: `unit` of sum |x||w|, and of sum |x| the `step` that is a weight's error below fp16's
+// normal numbers.
 struct Bound {
   double unit, step;
 };
@@ -170,7 +177,8 @@ inline Bound bound(const Layer& layer, bool f16, int weight_roundings) {
 }
 
 // Whole numbers must come out as the rounded sum itself, others within the bound.
-inline void check(const Layer& layer, const Input& in, bool with_bias, const Bound& bound, const std::vector<uint16_t>& y, const std::string& name) {
+inline void check(const Layer& layer, const Input& in, bool with_bias, const Bound& bound, const std::vector<uint16_t>& y,
+                  const std::string& name) {
   double worst = 0;
   for (int m = 0; m < in.m; ++m) {
     for (int n = 0; n < layer.w.n; ++n) {
@@ -182,11 +190,13 @@ inline void check(const Layer& layer, const Input& in, bool with_bias, const Bou
         inputs += std::fabs(x[k]);
       }
       const double value = widen(y[size_t(m) * layer.w.n + n], in.f16);
-      const double allowed = magnitude * bound.unit + inputs * bound.step + (in.f16 ? 0x1p-25 : 0), error = std::fabs(value - sum) / allowed;
+      const double allowed = magnitude * bound.unit + inputs * bound.step + (in.f16 ? 0x1p-25 : 0);  // fp16's smallest step
+      const double error = std::fabs(value - sum) / allowed;
       const bool whole = layer.values == kWhole || !std::isfinite(sum);
       const double rounded = widen(narrow(float(sum), in.f16), in.f16);
       if (std::isnan(sum) ? !std::isnan(value) : whole ? value != rounded : !(error <= 1)) {
-        expect(false, name + ": y[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(value) + ", expected " + std::to_string(sum));
+        const std::string where = ": y[" + std::to_string(m) + ", " + std::to_string(n) + "] is ";
+        expect(false, name + where + std::to_string(value) + ", expected " + std::to_string(sum));
         return;
       }
       if (!whole) worst = std::max(worst, error);
@@ -198,9 +208,10 @@ inline void check(const Layer& layer, const Input& in, bool with_bias, const Bou
 inline std::string describe_case(const Layer& layer, const Shape& shape, const Input& in, const Device& device) {
   std::string shards;
   for (int64_t rows : shape.shards) shards += (shards.empty() ? "" : "+") + std::to_string(rows);
-  return "N=" + shards + " K=" + std::to_string(shape.k) + " group " + std::to_string(shape.group_size) + ", " + std::to_string(layer.w.bits) + " bits, " +
-         (in.f16 ? "fp16" : "bf16") + ", scales " + (layer.w.scale_f16 ? "fp16" : "bf16") + ", M=" + std::to_string(in.m) + ", " +
-         std::to_string(device.sms) + " multiprocessors of sm_" + std::to_string(device.arch);
+  const auto type = [](bool f16) { return f16 ? "fp16" : "bf16"; };
+  return "N=" + shards + " K=" + std::to_string(shape.k) + " group " + std::to_string(shape.group_size) + ", " +
+         std::to_string(layer.w.bits) + " bits, " + type(in.f16) + ", scales " + type(layer.w.scale_f16) + ", M=" +
+         std::to_string(in.m) + ", " + std::to_string(device.sms) + " multiprocessors of sm_" + std::to_string(device.arch);
 }
 
 }  // namespace flute::cuda

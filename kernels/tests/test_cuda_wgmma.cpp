@@ -26,10 +26,10 @@ void check_call(const Layer& layer, const Shape& shape, int m, bool f16, const D
 }
 
 void check_shapes(bool few) {
-  const Shape shapes[] = {{{8}, 64, 64},         {{72}, 72, 72},           {{200}, 320, 64},  {{264}, 320, 32},   {{136}, 576, 16},
-                          {{64}, 1040, 16},      {{64, 8, 200}, 512, 128}, {{320}, 768, 256}, {{128, 72}, 1040, 1040},
-                          {{8, 8}, 8, 8},        {{520}, 1024, 64},        {{192, 64, 300, 4}, 832, 64},
-                          {{72}, 672, 32},       {{16}, 2048, 128}};
+  const Shape shapes[] = {{{8}, 64, 64},       {{72}, 72, 72},           {{200}, 320, 64},  {{264}, 320, 32},
+                          {{136}, 576, 16},    {{64}, 1040, 16},         {{320}, 768, 256}, {{128, 72}, 1040, 1040},
+                          {{8, 8}, 8, 8},      {{64, 8, 200}, 512, 128}, {{520}, 1024, 64}, {{192, 64, 300, 4}, 832, 64},
+                          {{72}, 672, 32},     {{16}, 2048, 128}};
   const int tokens[] = {33, 64, 65, 128, 1, 129, 200, 8}, sms[] = {1, 2, 3, 5, 7, 132};
   size_t turn = 0;
   for (const Shape& shape : shapes) {
@@ -83,7 +83,9 @@ void check_values() {
       set_input(in, 33 * 200 + 199, NAN);
       const std::string name = "special values, " + describe_case(layer, shape, in, device);
       check(layer, in, true, wgmma_bound(layer, f16), run(run_wgmma, layer, in, device, true, 7, name), name);
-      for (float size : {1e30f, 1e-30f}) check_call(make_layer(shape, bits, false, kAny, size, 1 / size), shape, 9, f16, device, false, 8);
+      for (float size : {1e30f, 1e-30f}) {
+        check_call(make_layer(shape, bits, false, kAny, size, 1 / size), shape, 9, f16, device, false, 8);
+      }
     }
   }
 }
@@ -94,7 +96,7 @@ void check_refusals() {
   Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, 1, 0, nullptr, hopper(1), nullptr};
   const auto refused = [&](const char* words) {
     const char* error = run_wgmma(call);
-    expect(error && strstr(error, words), std::string("refused with the words '") + words + "', not " + (error ? error : "nothing"));
+    expect(error && strstr(error, words), std::string("refused as '") + words + "', not '" + (error ? error : "") + "'");
   };
   refused("group_size is 24");
   call.w = make_layer({{8}, 48, 48}, 4, false, kWhole).w;
