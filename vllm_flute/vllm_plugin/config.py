@@ -1,9 +1,15 @@
-"""FluteConfig: what vLLM asks of a quantization method, answered from ``quantization_config``."""
+"""FluteConfig: what vLLM asks of a quantization method, answered from ``quantization_config``.
+
+A checkpoint's own says how it is stored; none, or ``{"quant_method": "flute", "online": true, ...}`` given by
+``--hf-overrides``, means to quantize a plain checkpoint while it loads.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -11,22 +17,26 @@ from vllm.platforms import current_platform
 
 from .. import dispatch
 from ..checkpoint import LayerSpec, LutConfig, check_checkpoint
+from ..checkpoint.reader import CONFIG, read_json
 from ..errors import FluteError
 from ..format import QUANT_METHOD
 from . import metrics
+from .linear import FluteLinearMethod
+from .moe import FluteMoEMethod
+from .online import OnlineConfig, OnlineLinearMethod, check_plain
+
+logger = init_logger("vllm.flute")  # below "vllm", whose handlers vLLM sets up
 
 
 class FluteConfig(QuantizationConfig):
-    """Quantization method ``flute``: lut-v1 checkpoints."""
+    """Quantization method ``flute``: lut-v1 checkpoints, and plain ones that are quantized while they load.
 
-    def __init__(self, lut: LutConfig | None = None):
+    ``lut`` None is vLLM's way to say: --quantization flute, and a config.json without quantization_config.
+    """
+
+    def __init__(self, lut: LutConfig | OnlineConfig | None = None):
         super().__init__()
-        if lut is None:  # vLLM's way to say: --quantization flute on a checkpoint that is not quantized
-            raise FluteError(
-                "this checkpoint is not LUT-quantized (config.json has no quantization_config): "
-                "run 'vllm-flute quantize MODEL -o OUT' and serve OUT"
-            )
-        self.lut = lut
+        self.lut = OnlineConfig() if lut is None else lut
         dispatch.backend(current_platform.device_type)  # a machine that cannot run it ends here, in one line
         metrics.share_directory()
 
@@ -47,26 +57,54 @@ class FluteConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FluteConfig":
-        return cls(LutConfig.from_dict(config))
+        return cls((OnlineConfig if config.get("online") else LutConfig).from_dict(config))
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant, **kwargs) -> str | None:
+        """Takes no other method's checkpoint, and says so while an error is still one clear line."""
+        found = hf_quant_cfg.get("quant_method")
+        if user_quant == QUANT_METHOD and found != QUANT_METHOD:
+            raise FluteError(
+                f"--quantization {QUANT_METHOD}, but config.json says quant_method {found!r}: leave the option out to "
+                "serve the checkpoint as it is, or give the unquantized one"
+            )
         return None
+
+    @property
+    def online(self) -> bool:
+        return isinstance(self.lut, OnlineConfig)
 
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
         """Check a local checkpoint's headers before an engine starts, while an error is still one clear line."""
-        if Path(model_name).is_dir():
-            check_checkpoint(model_name)
+        if self.online:
+            logger.info("online quantization while loading: %s", self.lut)
+        path = Path(model_name)
+        if path.is_dir():
+            if self.online:
+                check_plain(read_json(path / CONFIG), path)
+            else:
+                check_checkpoint(path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        from .linear import FluteLinearMethod
-
+        method = OnlineLinearMethod if self.online else FluteLinearMethod
         if isinstance(layer, ParallelLMHead):
-            return None if self.lut.is_ignored(prefix) else FluteLinearMethod(self.layer_spec(prefix), self, prefix)
+            return None if self.lut.is_ignored(prefix) else method(self.layer_spec(prefix), self, prefix)
         if isinstance(layer, LinearBase):
             spec = self.layer_spec(prefix)
-            return FluteLinearMethod(spec, self, prefix) if spec else UnquantizedLinearMethod()
+            return method(spec, self, prefix) if spec else UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts):
+            return self._moe_method(layer, prefix)
         return None
+
+    def _moe_method(self, layer: RoutedExperts, prefix: str) -> FluteMoEMethod | None:
+        projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name), (layer.ckpt_down_proj_name,)
+        w13, w2 = (
+            self._shared_spec(prefix, [f"{prefix}.{e}.{p}" for e in range(layer.global_num_experts) for p in parts])
+            for parts in projections
+        )
+        if (w13 is None) != (w2 is None):
+            raise FluteError(f"{prefix}: some matrices of the experts are quantized and some are not: quantize all")
+        return FluteMoEMethod(layer.moe_config, w13, w2, self, prefix) if w13 else None
 
     def layer_spec(self, prefix: str) -> LayerSpec | None:
         """Bits and group size of a (possibly fused) layer by vLLM's name for it; None when it is not quantized.
@@ -74,7 +112,10 @@ class FluteConfig(QuantizationConfig):
         Raises FluteError when the matrices that vLLM fuses into this layer differ in either.
         """
         parent, _, last = prefix.rpartition(".")
-        names = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(last, [last])]
+        parts = self.packed_modules_mapping.get(last, [last])
+        return self._shared_spec(prefix, [f"{parent}.{part}" if parent else part for part in parts])
+
+    def _shared_spec(self, prefix: str, names: list[str]) -> LayerSpec | None:
         specs = {name: None if self.lut.is_ignored(name) else self.lut.layer(name) for name in names}
         if len(set(specs.values())) > 1:
             raise FluteError(

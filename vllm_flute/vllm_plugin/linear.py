@@ -14,7 +14,8 @@ from ..ops import lut_linear_op
 from . import metrics, params
 
 
-def _is_dummy_load() -> bool:
+def is_dummy_load() -> bool:
+    """Whether vLLM was asked to leave the weights as they are (``--load-format dummy``)."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
 
@@ -58,7 +59,7 @@ class FluteLinearMethod(LinearMethodBase):
             "scales", params.scales(n, k // group, stored_group // group, weight_loader, self.prefix)
         )
         layer.register_parameter("codebook", params.codebooks(len(output_partition_sizes), 2**bits))
-        self.dummy = _is_dummy_load()
+        self.dummy = is_dummy_load()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Re-arrange for this device and free what was loaded."""
@@ -73,9 +74,10 @@ class FluteLinearMethod(LinearMethodBase):
         )
         for part in ("qweight", "scales", "codebook"):
             delattr(layer, part)
-        layer.register_parameter("packed", Parameter(packed, requires_grad=False))
+        # vLLM's LoRA layers find a quantized layer's device by this name.
+        layer.register_parameter("weight_packed", Parameter(packed, requires_grad=False))
         layer.register_buffer("header", header, persistent=False)
-        metrics.layer_loaded(self.prefix, self.config.lut.codebook, packed, header)
+        metrics.layer_loaded(self.prefix, self.config, packed, header)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return lut_linear_op(x, layer.packed, layer.header, bias, layer.flute_n, "")
+        return lut_linear_op(x, layer.weight_packed, layer.header, bias, layer.flute_n, "")

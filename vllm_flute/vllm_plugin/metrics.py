@@ -7,7 +7,8 @@ several API servers each publishes under one lock what none has published yet, a
 multiprocess mode adds them up.
 
 =====================================  =======  ==================================================================
-vllm_flute:build_info                  gauge    1; version, operator ABI, torch, isa, device, dispatch table
+vllm_flute:build_info                  gauge    1; version, operator ABI, torch, isa, device, dispatch table,
+                                                quantized offline or online
 vllm_flute:layers                      gauge    layers of a group: bits, group size, codebook, layout, its kernels
 vllm_flute:quantized_weight_bytes      gauge    bytes resident in packed weights, all ranks, by layer group
 vllm_flute:kernel_calls_total          counter  operator calls by kernel, isa and bucket of M
@@ -58,13 +59,14 @@ def share_directory() -> None:
 class _Worker:
     """This process's page of counters and its description, once a quantized layer has loaded here."""
 
-    def __init__(self, directory: Path, device: torch.device):
+    def __init__(self, directory: Path, device: torch.device, online: bool):
         self.path = directory / f"{os.getpid()}.json"
         counters.attach(self.path.with_suffix(".page"))
         kernels = dispatch.kernels(device.type)
         self.info = {
             "build": {"version": __version__, "abi": str(ABI), "torch": torch.__version__, "device": device.type}
-            | {"isa": dispatch.isa(device.type), "table": _table(device)},
+            | {"isa": dispatch.isa(device.type), "table": _table(device)}
+            | {"quantized": "online" if online else "offline"},
             "kernels": {k.slot: {"kernel": k.name, "isa": k.isa} for k in kernels},
             "groups": {},
         }
@@ -98,19 +100,19 @@ def _table(device: torch.device) -> str:
 _worker: _Worker | None = None
 
 
-def layer_loaded(prefix: str, codebook: str, packed: torch.Tensor, header: torch.Tensor) -> None:
-    """Count a layer that has been packed in this worker."""
+def layer_loaded(prefix: str, config, packed: torch.Tensor, header: torch.Tensor) -> None:
+    """Count a layer of the model of this FluteConfig that has been packed in this worker."""
     global _worker
     if ENV not in os.environ:
         return
     if _worker is None:
-        _worker = _Worker(Path(os.environ[ENV]), packed.device)
-    _worker.add(prefix, codebook, packed, header)
+        _worker = _Worker(Path(os.environ[ENV]), packed.device, config.online)
+    _worker.add(prefix, config.lut.codebook, packed, header)
 
 
 _KERNEL = ("kernel", "isa", "m_bucket")
 _GROUP = ("layer_group", "bits", "group_size", "codebook", "layout", "decode_kernel", "prefill_kernel")
-_BUILD = ("version", "abi", "torch", "isa", "device", "table")
+_BUILD = ("version", "abi", "torch", "isa", "device", "table", "quantized")
 
 
 class _Publisher:
