@@ -140,6 +140,46 @@ def test_a_wrong_weight_is_found(modules, monkeypatch):
     assert failed == {"one weight", "unwritten", "raises"} and checker.results.calls["right"] == 1
 
 
+def test_parts_of_the_checks_are_merged(modules, monkeypatch, capsys):
+    import checks
+
+    monkeypatch.setattr(checks, "kernels", lambda device: ({"a": "", "b": ""}, {}))
+    monkeypatch.setattr(checks, "plan", lambda seed: [])
+    cases = [lambda i=i: None for i in range(5)]
+    monkeypatch.setattr(checks, "fixed_cases", lambda checker, small: [(case,) for case in cases])
+    monkeypatch.setattr(checks, "Checker", lambda device, kernels, tokens, seed: made[seed])
+    made = {seed: Given(seed) for seed in (3, 4)}
+    parts = []
+    for part in (0, 1):
+        checks.main(["part", "a", "10", "3", str(part), "2"])
+        parts.append(json.loads(capsys.readouterr().out))
+    assert [part["complete"] for part in parts] == [True, True]
+    whole = checks.merged(parts)
+    assert whole["calls"] == {"a": 7} and whole["failed"] == 1 and len(whole["failures"]) == 1
+    assert whole["worst_error_to_bound"] == {"a": 0.4} and whole["complete"]
+    assert not checks.merged([whole, parts[1] | {"complete": False}])["complete"]
+
+
+class Given:
+    """A Checker whose results are given."""
+
+    def __init__(self, seed: int):
+        import checks
+
+        self.results = checks.Results({"a": ""})
+        self.results.calls["a"] = seed
+        self.results.worst["a"] = seed / 10
+        if seed == 4:
+            self.results.fail("a", "case", "why")
+
+
+def test_the_bound_knows_the_kernels_arithmetic(modules):
+    import checks
+
+    registry = (GPU.parents[1] / "cuda" / "registry.cpp").read_text()
+    assert registry.count(f'"{checks.SCALED}"') == 1
+
+
 def test_without_a_gpu_it_refuses_to_measure(tmp_path):
     import torch
 

@@ -5,8 +5,10 @@ sum forgives one wrong weight, so `decode` also multiplies by unit vectors: thei
 which must be within its roundings.
 """
 
+import json
 import math
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from timing import reason
 from tolerance import allowed_error
-from weights import LLAMA, TRITON, Layer, Matrix, Packed, pack, random_layer
+from weights import LLAMA, TRITON, Layer, Matrix, Packed, kernels, pack, random_layer
 
 from vllm_flute import dispatch, ops
 
@@ -299,63 +301,84 @@ def plan(seed: int) -> list[tuple[Matrix, int, int, torch.dtype]]:
     return whole + [case for case in cases if case not in whole]
 
 
-def run(device: str, arithmetic: dict[str, str], seconds: float, seed: int, tokens: Iterable[int], small: bool) -> dict:
-    """All checks that fit into ``seconds``: the fixed ones, then layers of the models, sampled, until the time is over.
-
-    ``small`` takes one tiny layer in the place of all others, the models' too. Returns what Results.summary has,
-    ``complete`` (whether all fixed ones ran), how many of the models' cases were ``sampled`` and ``of`` how many.
-    """
-    begin = time.monotonic()
-    checker = Checker(device, arithmetic, tokens, seed)
-    done = {"complete": False, "sampled": 0, "of": 0, "seed": seed}
-
-    def over() -> bool:
-        return time.monotonic() - begin > seconds
-
-    fixed: list[tuple] = []
+def fixed_cases(checker: Checker, small: bool) -> list[tuple]:
+    """The cases that every run has, each a function and its arguments; ``small``: one tiny layer for all of them."""
+    cases: list[tuple] = []
     if small:
         for case in ((SMALL, 4, 128, torch.bfloat16), (SMALL, 3, 64, torch.float16), (SMALL, 2, 32, torch.bfloat16)):
-            fixed += [(checker.round_trip, *case), (checker.products, "ragged", *case)]
-        fixed += [(checker.products, "other scales", SMALL, 4, 64, torch.bfloat16, torch.float16)]
-        fixed += [(checker.decode, SMALL, 4, 128, torch.bfloat16), (checker.repeats, SMALL, 3, 64, torch.float16)]
-    else:
-        for i, case in enumerate((b, g, d) for d in DTYPES for g in GROUPS for b in BITS):
-            ragged = [RAGGED[j % len(RAGGED)] for j in (i, i + 1)]
-            fixed += [(checker.round_trip, ragged[0], *case), (checker.decode, UNIT, *case)]
-            fixed += [(checker.repeats, REPEAT, *case)]
-            other = DTYPES[1 - DTYPES.index(case[2])]
-            fixed += [(checker.products, "ragged", ragged[0], *case)]
-            fixed += [(checker.products, "other scales", ragged[1], *case, other)]
-        odd = [(each, b, each.k, d) for each in ODD_INPUTS for b in BITS for d in DTYPES]
-        fixed += [(checker.products, "one group", *case) for case in odd]
+            cases += [(checker.round_trip, *case), (checker.products, "ragged", *case)]
+        cases += [(checker.products, "other scales", SMALL, 4, 64, torch.bfloat16, torch.float16)]
+        return [*cases, (checker.decode, SMALL, 4, 128, torch.bfloat16), (checker.repeats, SMALL, 3, 64, torch.float16)]
+    for i, case in enumerate((b, g, d) for d in DTYPES for g in GROUPS for b in BITS):
+        ragged = [RAGGED[j % len(RAGGED)] for j in (i, i + 1)]
+        other = DTYPES[1 - DTYPES.index(case[2])]
+        cases += [(checker.round_trip, ragged[0], *case), (checker.decode, UNIT, *case)]
+        cases += [(checker.repeats, REPEAT, *case)]
+        cases += [(checker.products, "ragged", ragged[0], *case)]
+        cases += [(checker.products, "other scales", ragged[1], *case, other)]
+    odd = [(each, b, each.k, d) for each in ODD_INPUTS for b in BITS for d in DTYPES]
+    return cases + [(checker.products, "one group", *case) for case in odd]
+
+
+def run(checker: Checker, seconds: float, seed: int, small: bool, part: int = 0, parts: int = 1) -> dict:
+    """All checks that fit into ``seconds``: the fixed ones, then layers of the models, sampled, until the time is over.
+
+    Of several ``parts`` each has its share of the fixed ones, and no models; ``small`` has none either. Returns what
+    Results.summary has, ``complete`` (whether all fixed ones ran), how many of the models' cases were ``sampled`` and
+    ``of`` how many.
+    """
+    begin = time.monotonic()
+    done = {"complete": False, "sampled": 0, "of": 0, "seed": seed}
+    models = [] if small or parts > 1 else plan(seed)
     try:
-        for function, *arguments in fixed:
-            if over():
+        for function, *arguments in fixed_cases(checker, small)[part::parts]:
+            if time.monotonic() - begin > seconds:
                 return done | checker.results.summary()
             function(*arguments)
-        done["complete"] = True
-        cases = [] if small else plan(seed)
-        done["of"] = len(cases)
-        for matrix, b, g, d in cases:
-            if over():
+        done |= {"complete": True, "of": len(models)}
+        for case in models:
+            if time.monotonic() - begin > seconds:
                 break
-            checker.products("models", matrix, b, g, d)
+            checker.products("models", *case)
             done["sampled"] += 1
     except torch.AcceleratorError as e:
-        done["ended_by"] = str(e).splitlines()[0]
+        done["ended_by"] = reason(e)
     return done | checker.results.summary()
 
 
-if __name__ == "__main__":  # under compute-sanitizer: measure.py, sanitizer()
-    import json
-    import sys
+def merged(results: list[dict]) -> dict:
+    """Several results of run as one."""
+    whole = results[0]
+    for other in results[1:]:
+        for key in ("calls", "by_kind"):
+            whole[key] = dict(Counter(whole[key]) + Counter(other[key]))
+        for key in ("worst_error_to_bound", "worst_relative_error"):
+            for name, value in other[key].items():
+                whole[key][name] = max(value, whole[key].get(name, 0.0))
+        for key in ("failed", "poisoned_outputs"):
+            whole[key] += other[key]
+        whole["failures"] += other["failures"]
+        whole["complete"] &= other["complete"]
+        whole |= {"ended_by": other["ended_by"]} if "ended_by" in other else {}
+    return whole
 
-    import weights
 
-    which = sys.argv[1].split(",")
-    found, _ = weights.kernels("cuda")
-    checker = Checker("cuda", {name: found[name] for name in which}, (1, 17, 40), 1)
-    for case in ((4, 128, torch.bfloat16), (3, 64, torch.float16), (2, 32, torch.bfloat16)):
-        checker.products("sanitized", RAGGED[1], *case)
-        checker.round_trip(RAGGED[1], *case)
-    print(json.dumps(checker.results.summary()))
+def main(arguments: list[str]) -> None:
+    """Print a line of JSON: ``sanitize KERNELS`` (a few small layers), ``part KERNEL SECONDS SEED PART PARTS``."""
+    what, names, *rest = arguments
+    found, _ = kernels("cuda")
+    arithmetic = {name: found[name] for name in names.split(",")}
+    if what == "part":
+        seconds, seed, part, parts = map(int, rest)
+        result = run(Checker("cuda", arithmetic, TOKENS, seed + part), seconds, seed, False, part, parts)
+    else:
+        checker = Checker("cuda", arithmetic, (1, 17, 40), seed=1)
+        for case in ((4, 128, torch.bfloat16), (3, 64, torch.float16), (2, 32, torch.bfloat16)):
+            checker.products("sanitized", RAGGED[1], *case)
+            checker.round_trip(RAGGED[1], *case)
+        result = checker.results.summary()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

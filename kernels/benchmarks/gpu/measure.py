@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -150,13 +150,13 @@ def clocks() -> dict:
     return {field: value.strip() for field, value in zip(fields, values, strict=False)}
 
 
-def micro(run: Run, seconds: float, program: Callable[[], Path] | None = None) -> str:
-    """Instruction rates beside what the design assumes."""
+def micro(run: Run, seconds: float, compiled: Callable[[], Path] | None = None) -> str:
+    """Instruction rates beside what the design assumes; ``compiled`` waits for the program."""
     import micro as microbenchmarks
 
-    if program is None:
+    if compiled is None:
         return "skipped: there is no GPU"
-    run.result["micro"] = microbenchmarks.run(program(), seconds)
+    run.result["micro"] = microbenchmarks.run(compiled(), seconds)
     return "done"
 
 
@@ -165,16 +165,46 @@ def checks(run: Run, seconds: float) -> str:
     import checks as checking
     import weights
 
+    dry, seed = run.options.dry_run, run.options.seed
     arithmetic, missing = weights.kernels(run.device)
-    tokens = (1, 3, 8) if run.options.dry_run else checking.TOKENS
-    found = checking.run(run.device, arithmetic, seconds, run.options.seed, tokens, small=run.options.dry_run)
-    run.result["checks"] = found | {"kernels": list(arithmetic), "missing": missing}
+    here = dict(arithmetic)
+    compiling = []
+    if not dry and len(arithmetic) > 1 and here.pop(weights.TRITON, None):
+        # Triton compiles for seconds where a dtype, a width or an alignment is new: beside all else, on all cores.
+        parts = min(18, os.cpu_count() or 1)
+        for part in range(parts):
+            rest = (str(each) for each in (int(seconds * 0.8), seed, part, parts))
+            compiling.append(program("part", weights.TRITON, *rest))
+    tokens = (1, 3, 8) if dry else checking.TOKENS
+    checker = checking.Checker(run.device, here, tokens, seed)
+    begin = time.monotonic()
+    results, lost = [checking.run(checker, seconds, seed, dry)], []
+    for process in compiling:
+        try:
+            output, _ = process.communicate(timeout=max(1.0, seconds - (time.monotonic() - begin)))
+            results.append(json.loads(output.strip().splitlines()[-1]))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            lost.append("it took too long")
+        except (ValueError, IndexError):
+            lost.append(output[-300:])
+    found = checking.merged(results)
+    found |= {"kernels": list(arithmetic), "missing": missing, "lost_parts": lost}
+    run.result["checks"] = found
     run.failed |= bool(found["failed"])
-    ended = "done" if found["complete"] else "cut off: not every fixed check ran"
+    ended = "done" if found["complete"] and not lost else "cut off: not every fixed check ran"
     if "ended_by" in found:
         ended = f"failed: {found['ended_by']}"
     calls = sum(found["calls"].values())
     return f"{ended}: {calls} results, {found['failed']} wrong, {found['sampled']} of {found['of']} models' layers"
+
+
+def program(*arguments: str, under: Iterable[str | Path] = ()) -> subprocess.Popen:
+    """Start checks.py as a program of its own, which ends with a line of JSON."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE), str(ROOT), str(ROOT / "tests")))}
+    command = [*under, sys.executable, HERE / "checks.py", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def timing_section(run: Run, seconds: float) -> str:
@@ -311,13 +341,11 @@ def sanitizer(run: Run, seconds: float) -> str:
     begin = time.monotonic()
     found = run.result["sanitizer"] = {}
     started = {}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE), str(ROOT), str(ROOT / "tests")))}
     for name in SANITIZERS:
         log = run.options.build / f"sanitizer-{name}.log"
         log.unlink(missing_ok=True)
-        command = [tool, "--tool", name, "--log-file", log, sys.executable, HERE / "checks.py", ",".join(names)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started[name] = log, subprocess.Popen(command, env=environment, **pipes)
+        under = (tool, "--tool", name, "--log-file", log)
+        started[name] = log, program("sanitize", ",".join(names), under=under)
     bad = []
     with (run.out / "sanitizer.log").open("w") as together:
         for name, (log, process) in started.items():
@@ -416,10 +444,10 @@ def measure_while_building(run: Run) -> None:
     target = build.arch(torch.cuda.get_device_capability())
     limit = run.left() / 2
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        program = pool.submit(build.micro, folder, target, log, limit)
+        rates = pool.submit(build.micro, folder, target, log, limit)
         library = pool.submit(build.library, folder, target, log, limit)
         run.section("facts", facts)
-        run.section("micro", lambda r, seconds: micro(r, seconds, program.result))
+        run.section("micro", lambda r, seconds: micro(r, seconds, rates.result))
         begin = time.monotonic()
         try:
             library.result()

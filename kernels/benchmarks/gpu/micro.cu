@@ -302,8 +302,8 @@ void measure(const Device& d, const char* name, int shared_bytes, int warps, int
   }
   const double c = median(cycles), per_cycle = double(Op::kWork) * 32 * warps * iterations / c;
   const auto range = std::minmax_element(cycles.begin(), cycles.end());
-  printf("{\"name\": \"%s\", \"warps\": %d, \"per_cycle\": %.6g, \"cycles\": %.0f, \"spread\": %.4f, \"mhz\": %.0f}\n", name, warps,
-         per_cycle, c, *range.second / *range.first - 1, median(mhz));
+  printf("{\"name\": \"%s\", \"warps\": %d, \"per_cycle\": %.6g, \"cycles\": %.0f, \"spread\": %.4f, \"mhz\": %.0f}\n", name,
+         warps, per_cycle, c, *range.second / *range.first - 1, median(mhz));
   fflush(stdout);
 }
 

@@ -15,7 +15,8 @@ point). Microseconds are a call's, GB are 10^9 bytes.
                   micro.py; read_global has gb_s and bytes
     checks        kernels, missing {kernel: why}, complete, sampled, of, seed, calls {kernel: results compared},
                   by_kind {kind: cases}, poisoned_outputs, worst_error_to_bound {kernel: x}, worst_relative_error
-                  {kernel: x}, failed, failures [{kernel, case, why}], ended_by (an error of the device)
+                  {kernel: x}, failed, failures [{kernel, case, why}], ended_by (an error of the device), lost_parts
+                  [why a process that checks Triton's kernel gave no result]
     timing        peers_missing {source: why}
                   rows [{n, k, m, name, source, bits, group_size, nbytes, chosen, us, us_min, us_max, rounds, calls,
                   gb_s, ratio, prepare_s}]
@@ -111,8 +112,8 @@ def table(result: dict, full: bool) -> str:
     if "checks" in result:
         checks, rows = result["checks"], []
         for name in checks["kernels"]:
-            errors = checks["worst_error_to_bound"][name], checks["worst_relative_error"][name]
-            rows.append([name, str(checks["calls"].get(name, 0)), *(f"{error:.2g}" for error in errors)])
+            errors = (checks[key].get(name) for key in ("worst_error_to_bound", "worst_relative_error"))
+            rows.append([name, str(checks["calls"].get(name, 0)), *map(_figure, errors)])
         lines += ["", *_columns(rows, ["checked", "results", "worst error / bound", "worst relative error"])]
         lines += [f"not available: {name}: {why}" for name, why in checks["missing"].items()]
         failures = checks["failures"][: None if full else 5]
