@@ -48,9 +48,9 @@ def emulated(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("program", EMULATED)
 def test_emulated(emulated, program):
     done = run(emulated / program)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("all passed"), (
-        done.stdout[-4000:] + done.stderr
-    )
+    verdict = (done.stdout.splitlines() or [""])[-1]
+    passed = re.fullmatch(r"all passed .*|[1-9]\d* calls of K[12] agree with the oracle", verdict)
+    assert done.returncode == 0 and passed, done.stdout[-4000:] + done.stderr
 
 
 # ---- the build ----

@@ -9,10 +9,14 @@
 
 namespace flute {
 
+static inline void call(const char* name, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) fail(std::string("torch could not run ") + name);
+}
+
 // Not on the graph of gradients: aten::linear with an output refuses tensors that want one.
 static inline Tensor detached(const Tensor& t) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  call("aten::detach", "", stack.data());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -33,7 +37,7 @@ void multiply_by_parts(const Tensor& x, const std::optional<Tensor>& bias, const
     std::optional<Tensor> part;
     if (added) part = narrow(*added, 0, first, rows);
     std::array<StableIValue, 4> stack{from(inputs), from(narrow(scratch, 0, 0, rows)), from(part), from(narrow(outputs, 1, first, rows))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+    call("aten::linear", "out", stack.data());
     torch::stable::detail::to<Tensor>(stack[0]);  // the returned reference is the caller's to release
   }
 }
