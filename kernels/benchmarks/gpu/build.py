@@ -37,6 +37,8 @@ def run(command: list, log: Path, timeout: float) -> None:
         print("+", *command, file=out, flush=True)
         try:
             code = subprocess.run([str(c) for c in command], stdout=out, stderr=out, timeout=timeout).returncode
+        except FileNotFoundError:
+            raise BuildError(f"{command[0]} was not found: install it, or put it on the PATH") from None
         except subprocess.TimeoutExpired:
             raise BuildError(f"{command[0]} took more than {timeout:.0f} s: see {log}") from None
     if code:

@@ -416,7 +416,7 @@ def main(arguments: list[str]) -> int:
         return 2
     run = Run(options)
     run.save()
-    if options.dry_run:
+    if options.dry_run or options.only == ("facts",):
         run.section("facts", facts)
         run.section("micro", micro)
     else:
