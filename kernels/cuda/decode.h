@@ -48,6 +48,7 @@ FLUTE_DEVICE void build_table(uint32_t table, const float* book, float to_table,
   const auto pair = [&](int low, int high) {
     return uint32_t(round16<kF16>(book[low] * to_table)) | uint32_t(round16<kF16>(book[high] * to_table)) << 16;
   };
+  FLUTE_ROLLED
   for (int i = thread; i < table_entries(kBits) * kChunks; i += threads) {
     const int entry = i / kChunks;
     uint32_t even, odd;

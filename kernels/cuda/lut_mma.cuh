@@ -26,7 +26,7 @@ struct MmaTile {
   static constexpr int kRowWarps = kTokens == 32 ? 4 : 2, kInputWarps = kMmaWarps / kRowWarps;
   static constexpr int kUnits = 4 / kInputWarps;  // of its strip that a warp has at the end
   static constexpr int kInputs = kInputWarps * kBlockInputs;
-  static constexpr int kCtas = kTokens == 32 ? 1 : 2;  // a multiprocessor, as far as registers go
+  static constexpr int kCtas = kTokens == 8 ? 2 : 1;  // a multiprocessor: two have 128 registers a thread, too few for 16 tokens
   static constexpr int kXRowBytes = kInputs * 2 + 16;  // 16 more, or ldmatrix's eight rows would be in the same banks
   static constexpr int kXBytes = kTokens * kXRowBytes;
   static constexpr int kScaleRows = kInputs / 16;  // of a stage and strip, at most
@@ -52,7 +52,8 @@ struct MmaParameters {
   int m;
   int group_shift;  // inputs of a group, as a power of two; 30 where there is one group
   int scale_rows;   // of a stage and strip
-  int stages;
+  int token_tiles, slices;  // of y, of a tile
+  int stages, stage_bytes;
 };
 
 // Where a tile is: `strips` strips of shard `shard` from `strip` on, tokens from `token` on.
@@ -69,13 +70,12 @@ FLUTE_DEVICE uint32_t count_tiles(const MmaParameters& p) {
   uint32_t row_tiles = 0;
   FLUTE_ROLLED
   for (int s = 0; s < p.w.n_shards; ++s) row_tiles += (shard_at(p, s).strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
-  return row_tiles * ((p.m + Tile::kTokens - 1) / Tile::kTokens);
+  return row_tiles * p.token_tiles;
 }
 template <class Tile>
 FLUTE_DEVICE MmaPlace locate(const MmaParameters& p, uint32_t tile) {
-  const int token_tiles = (p.m + Tile::kTokens - 1) / Tile::kTokens;
-  int row_tile = int(tile) / token_tiles;
-  const int token = int(tile) % token_tiles * Tile::kTokens;
+  int row_tile = int(tile / uint32_t(p.token_tiles));
+  const int token = int(tile % uint32_t(p.token_tiles)) * Tile::kTokens;
   FLUTE_ROLLED
   for (int s = 0;; ++s) {
     const Shard h = shard_at(p, s);
@@ -106,53 +106,47 @@ struct MmaLoader {
   static_assert(kStripChunks % kStripThreads == 0 && Tile::kTokens % kTokenStep == 0, "whole copies a thread");
   static_assert(kStripThreads == Tile::kScaleRows * kRowChunks, "one copy of scales a thread");
 
-  const uint8_t* codes;
-  const uint16_t* x;
-  const uint8_t* scales;
-  int tokens;        // of x, from this thread's first on
-  int chunks, left;  // of codes and of inputs, from this thread's first on: what is not past the end
-  int scale_chunk;   // this thread's of its strip's scales
-  int input;         // the slice's first
+  // Where this thread's first copies come from, from the start of `packed` and x, counted in 16 bytes to save registers.
+  uint32_t codes, scales, x;
+  int tokens;  // of x, from this thread's first on
+  int chunk;   // this thread's of its strip's codes and scales; past them where the shard has no such strip
 
   FLUTE_DEVICE void start(const MmaParameters& p, const MmaPlace& at, int slice, int thread) {
-    const int strip = thread / kStripThreads, chunk = thread % kStripThreads, block = slice * Tile::kInputWarps;
-    const bool here = strip < at.strips;
-    codes = block_codes(p.w, p.packed, at.strip + strip, block) + chunk * 16;
-    chunks = here ? (p.w.blocks - block) * kBlockChunks - chunk : 0;
-    input = slice * Tile::kInputs;
-    const int token = at.token + thread / kTokenChunks, mine = input + thread % kTokenChunks * 8;
-    x = p.x + int64_t(token) * p.w.k + mine;
+    const int strip = thread / kStripThreads, token = at.token + thread / kTokenChunks;
+    chunk = thread % kStripThreads;
+    codes = uint32_t(p.w.codes_offset / 16) + ((at.strip + strip) * p.w.blocks + slice * Tile::kInputWarps) * kBlockChunks + chunk;
+    scales = uint32_t(p.w.scales_offset / 16) + (at.strip + strip) * p.w.groups * kRowChunks + chunk;
+    x = token * (p.w.k / 8) + slice * kTokenChunks + thread % kTokenChunks;
     tokens = p.m - token;
-    left = p.w.k - mine;
-    scales = reinterpret_cast<const uint8_t*>(strip_scales(p.w, p.packed, at.strip + strip, 0)) + chunk * 16;
-    scale_chunk = here ? chunk : kStripThreads;
+    if (strip >= at.strips) chunk = kStripChunks;
   }
 
-  FLUTE_DEVICE void load(const MmaParameters& p, uint32_t stage, int thread) {
-    const int strip = thread / kStripThreads, chunk = thread % kStripThreads;
-    const uint32_t codes_to = stage + (strip * kStripChunks + chunk) * 16;
+  FLUTE_DEVICE void load(const MmaParameters& p, uint32_t stage, int slice, int thread) {
+    const int strip = thread / kStripThreads, chunks = (p.w.blocks - slice * Tile::kInputWarps) * kBlockChunks;
+    const uint32_t codes_to = stage + (strip * kStripChunks + thread % kStripThreads) * 16;
+    const uint8_t* const from = p.packed + uint64_t(codes) * 16;
     FLUTE_UNROLL
     for (int i = 0; i < kStripChunks; i += kStripThreads) {
-      if (i < chunks) cp_async16(codes_to + i * 16, codes + i * 16, 16);
+      if (chunk + i < chunks && chunk < kStripChunks) cp_async16(codes_to + i * 16, from + i * 16, 16);
     }
     stage += codes_bytes<kBits, Tile>();
     const uint32_t x_to = stage + thread / kTokenChunks * Tile::kXRowBytes + thread % kTokenChunks * 16;
-    const int step = kTokenStep * p.w.k;  // elements
+    const int input = slice * Tile::kInputs;
+    const bool inside = input + thread % kTokenChunks * 8 < p.w.k;
     FLUTE_UNROLL
     for (int i = 0; i < Tile::kTokens / kTokenStep; ++i) {
       // A token that is not there is a column of B, and what it multiplies stays in its column of C.
-      if (i * kTokenStep < tokens) cp_async16(x_to + i * kTokenStep * Tile::kXRowBytes, left > 0 ? x + i * step : p.x, left > 0 ? 16 : 0);
+      if (i * kTokenStep >= tokens) continue;
+      const uint32_t chunk_of_x = inside ? x + i * kTokenStep * (p.w.k / 8) : 0;
+      cp_async16(x_to + i * kTokenStep * Tile::kXRowBytes, p.x + uint64_t(chunk_of_x) * 8, inside ? 16 : 0);
     }
     stage += Tile::kXBytes;
     const int group = group_of(p, input), groups = group_of(p, input + Tile::kInputs - 1) - group + 1;
-    if (scale_chunk < groups * kRowChunks) {
-      cp_async16(stage + (strip * p.scale_rows * kRowChunks + chunk) * 16, scales + int64_t(group) * kScaleRowBytes, 16);
+    if (chunk < groups * kRowChunks) {
+      cp_async16(stage + (strip * p.scale_rows * kRowChunks + chunk) * 16, p.packed + uint64_t(scales + group * kRowChunks) * 16, 16);
     }
-    codes += kStripChunks * 16;
-    chunks -= kStripChunks;
-    x += Tile::kInputs;
-    left -= Tile::kInputs;
-    input += Tile::kInputs;
+    codes += kStripChunks;
+    x += kTokenChunks;
   }
 };
 
@@ -215,10 +209,10 @@ FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float t
 // Adds up the warps of a strip, always in the same order, through shared memory at `buffer`, which others may still read
 // when this begins. `own` are a warp's units of the sum: input warp i has units i * kUnits and following.
 template <class Tile>
-FLUTE_DEVICE void add_input_warps(uint32_t buffer, int warp, const float (&acc)[4][Tile::kTokenTiles][4], float (&own)[Tile::kValues]) {
+FLUTE_DEVICE void add_input_warps(uint32_t buffer, int thread, const float (&acc)[4][Tile::kTokenTiles][4], float (&own)[Tile::kValues]) {
   constexpr int kOf = Tile::kInputWarps;
-  const int input_warp = warp % kOf, row_warp = warp / kOf;
-  const auto place = [&](int from, int t) { return buffer + from * Tile::kUnitBytes + t * kVectorBytes + lane_id() * 16; };
+  const int warp = thread / 32, input_warp = warp % kOf, row_warp = warp / kOf;
+  const auto place = [&](int from, int t) { return buffer + from * Tile::kUnitBytes + t * kVectorBytes + thread % 32 * 16; };
   FLUTE_UNROLL
   for (int j = 0; j < Tile::kUnits; ++j) {
     float* const sum = own + j * Tile::kTokenTiles * 4;
@@ -250,8 +244,9 @@ FLUTE_DEVICE void add_input_warps(uint32_t buffer, int warp, const float (&acc)[
 }
 
 template <bool kF16, class Tile>
-FLUTE_DEVICE void write_tile(const MmaParameters& p, const MmaPlace& at, int warp, const float (&own)[Tile::kValues]) {
-  const int lane = lane_id(), first = warp / Tile::kInputWarps * kStripRows + warp % Tile::kInputWarps * Tile::kUnits * kUnitRows + lane / 4;
+FLUTE_DEVICE void write_tile(const MmaParameters& p, const MmaPlace& at, int thread, const float (&own)[Tile::kValues]) {
+  const int lane = thread % 32, warp = thread / 32;
+  const int first = warp / Tile::kInputWarps * kStripRows + warp % Tile::kInputWarps * Tile::kUnits * kUnitRows + lane / 4;
   FLUTE_UNROLL
   for (int j = 0; j < Tile::kUnits * 2; ++j) {
     const int row = first + j * 8;
@@ -270,101 +265,98 @@ template <int kBits, bool kF16, class Tile>
 FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) {
   const int thread = thread_id(), warp = thread / 32;
   const uint32_t cta = uint32_t(cta_id());
-  const Work work = share_work(count_tiles<Tile>(p), (p.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, uint32_t(cta_count()));
+  const Work work = share_work(count_tiles<Tile>(p), p.slices, uint32_t(cta_count()));
   if (cta >= work.ctas) return;
   const uint32_t begin = first_item(work, cta), end = first_item(work, cta + 1);
 
   const uint32_t table = shared_base(), flag = table + table_bytes(kBits, mma_row(kBits)), first_stage = flag + 16;
-  const uint32_t stage_bytes = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
 
   // The loader runs ahead of the sums by all stages but one, across tiles.
   MmaLoader<kBits, Tile> loader;
-  uint32_t to_load = begin, load_tile = begin / work.slices, load_slice = begin % work.slices, load_to = first_stage;
-  const uint32_t stages_end = first_stage + p.stages * stage_bytes;
-  loader.start(p, locate<Tile>(p, load_tile), int(load_slice), thread);
-  const auto load = [&] {
-    if (to_load < end) {
-      if (load_slice == work.slices) {
-        load_slice = 0;
-        loader.start(p, locate<Tile>(p, ++load_tile), 0, thread);
+  const uint32_t slices = p.slices;
+  uint32_t load_tile = begin / slices;
+  loader.start(p, locate<Tile>(p, load_tile), int(begin - load_tile * slices), thread);
+  const auto load = [&](uint32_t item, uint32_t stage) {
+    if (item < end) {
+      if (item == (load_tile + 1) * slices) {
+        loader.start(p, locate<Tile>(p, ++load_tile), 0, fresh_thread_id());
       }
-      loader.load(p, load_to, thread);
-      ++load_slice;
-      ++to_load;
-      load_to = load_to + stage_bytes == stages_end ? first_stage : load_to + stage_bytes;
+      loader.load(p, stage, int(item - load_tile * slices), thread);
     }
     cp_async_commit();  // an empty group too, so that waiting can count
   };
-  for (int i = 0; i + 1 < p.stages; ++i) load();
+  const uint32_t ahead = p.stages - 1, last_stage = first_stage + ahead * p.stage_bytes;
+  for (uint32_t i = 0; i < ahead; ++i) load(begin + i, first_stage + i * p.stage_bytes);
 
   const int row_warp = warp / Tile::kInputWarps, input_warp = warp % Tile::kInputWarps;
   int table_shard = -1;
-  uint32_t stage = first_stage;
+  uint32_t stage = last_stage;  // of the item before
   float to_weight = 0;
-  for (uint32_t item = begin, tile = begin / work.slices; item < end; ++tile) {
+  for (uint32_t item = begin, tile = begin / slices; item < end; ++tile) {
     MmaPlace at = locate<Tile>(p, tile);
     const bool active = row_warp < at.strips;
     if (at.shard != table_shard) {  // nobody reads the table now: there was a barrier after the last block
       table_shard = at.shard;
       const float* const book = books(p.packed) + table_shard * 16;
       const Normal normal = normalise(book, kF16 ? 14 : 0);  // fp16 reaches up to 2^15.99; bf16 has fp32's range
-      build_table<kBits, mma_row(kBits), kF16>(table, book, normal.to_table, thread, kMmaThreads);
+      build_table<kBits, mma_row(kBits), kF16>(table, book, normal.to_table, fresh_thread_id(), kMmaThreads);
       to_weight = normal.to_weight;
     }
     float acc[4][Tile::kTokenTiles][4] = {};
-    const uint32_t tile_end = (tile + 1) * work.slices < end ? (tile + 1) * work.slices : end;
-    uint32_t used = stage;
-    for (uint32_t slice = item - tile * work.slices; item < tile_end; ++item, ++slice) {
-      cp_async_wait(p.stages - 2);
+    for (; item < end && item < (tile + 1) * slices; ++item) {
+      cp_async_wait(int(ahead) - 1);
       barrier();  // the item is there for everyone, and nobody reads the stage that is loaded next
-      load();
-      used = stage;
-      stage = stage + stage_bytes == stages_end ? first_stage : stage + stage_bytes;
-      if (!active || int(slice) * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
+      load(item + ahead, stage);
+      stage = stage == last_stage ? first_stage : stage + p.stage_bytes;
+      const int slice = int(item - tile * slices);
+      if (!active || slice * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
       if (p.group_shift < 6) {  // 64 inputs, a block
-        multiply_block<kBits, kF16, Tile, true>(p, table, to_weight, used, row_warp, input_warp, int(slice), acc);
+        multiply_block<kBits, kF16, Tile, true>(p, table, to_weight, stage, row_warp, input_warp, slice, acc);
       } else {
-        multiply_block<kBits, kF16, Tile, false>(p, table, to_weight, used, row_warp, input_warp, int(slice), acc);
+        multiply_block<kBits, kF16, Tile, false>(p, table, to_weight, stage, row_warp, input_warp, slice, acc);
       }
     }
     static_assert(codes_bytes<kBits, Tile>() + Tile::kXBytes >= kMmaWarps * Tile::kUnitBytes, "sums pass through the last stage");
     float own[Tile::kValues];
-    add_input_warps<Tile>(used, warp, acc, own);
-    if (combine<kMmaThreads>(work, p.workspace, cta, tile, thread, flag, own, [] { barrier(); })) {
+    const int writer = fresh_thread_id();
+    add_input_warps<Tile>(stage, writer, acc, own);
+    if (combine<kMmaThreads>(work, p.workspace, cta, tile, writer, flag, own, [] { barrier(); })) {
       at = locate<Tile>(p, tile);  // again: it would cost registers to keep
-      write_tile<kF16, Tile>(p, at, warp, own);
+      write_tile<kF16, Tile>(p, at, writer, own);
     }
   }
 }
 
 template <int kBits, bool kF16, class Tile>
 const char* launch_mma(const Gemm& call, int group_shift) {
-  MmaParameters p{call.w,
-                  call.packed,
-                  static_cast<const uint16_t*>(call.x),
-                  static_cast<const uint16_t*>(call.bias),
-                  static_cast<uint16_t*>(call.y),
-                  call.workspace,
-                  call.m,
-                  group_shift,
-                  Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1,
-                  0};
-  const int stage = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
+  MmaParameters p{};
+  p.w = call.w;
+  p.packed = call.packed;
+  p.x = static_cast<const uint16_t*>(call.x);
+  p.bias = static_cast<const uint16_t*>(call.bias);
+  p.y = static_cast<uint16_t*>(call.y);
+  p.workspace = call.workspace;
+  p.m = call.m;
+  p.group_shift = group_shift;
+  p.scale_rows = Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1;
+  p.token_tiles = (call.m + Tile::kTokens - 1) / Tile::kTokens;
+  p.slices = (call.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps;
+  p.stage_bytes = codes_bytes<kBits, Tile>() + Tile::kXBytes + Tile::kRowWarps * p.scale_rows * kScaleRowBytes;
   const int fixed = table_bytes(kBits, mma_row(kBits)) + 16;
   constexpr int kReserved = 1024, kGoodStages = 3;  // the driver's own shared memory for each CTA; see kMaxStages
   int ctas = Tile::kCtas, shared = (call.device.shared_bytes + kReserved) / ctas - kReserved;
-  if (shared < fixed + kGoodStages * stage) {
+  if (shared < fixed + kGoodStages * p.stage_bytes) {
     ctas = 1;
     shared = call.device.shared_bytes;
   }
-  p.stages = (shared - fixed) / stage < kMaxStages ? (shared - fixed) / stage : kMaxStages;
+  p.stages = (shared - fixed) / p.stage_bytes < kMaxStages ? (shared - fixed) / p.stage_bytes : kMaxStages;
   if (shared < fixed || p.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
   const int64_t row_tiles = call.w.n_shards == 1 ? (call.w.strips + Tile::kRowWarps - 1) / Tile::kRowWarps : call.w.strips;  // or fewer
-  const int64_t items = row_tiles * ((call.m + Tile::kTokens - 1) / Tile::kTokens) * ((call.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps);
+  const int64_t items = row_tiles * p.token_tiles * p.slices;
   if (items > INT32_MAX) return "lut_mma: more tokens than 32-bit work items can count";
   const int64_t most = int64_t(ctas) * call.device.sms;
   if (most > int64_t(kCounterBytes / sizeof(unsigned))) return "lut_mma: more multiprocessors than the workspace has counters";
-  return launch(lut_mma<kBits, kF16, Tile>, int(items < most ? items : most), kMmaThreads, fixed + p.stages * stage, call.stream, p);
+  return launch(lut_mma<kBits, kF16, Tile>, int(items < most ? items : most), kMmaThreads, fixed + p.stages * p.stage_bytes, call.stream, p);
 }
 
 template <int kBits, bool kF16>

@@ -35,6 +35,7 @@ struct alignas(16) Words4 {
 #ifdef FLUTE_EMULATE_SIMT
 
 FLUTE_DEVICE int thread_id() { return simt::thread(); }
+FLUTE_DEVICE int fresh_thread_id() { return simt::thread(); }
 FLUTE_DEVICE int cta_id() { return simt::cta(); }
 FLUTE_DEVICE int cta_count() { return simt::ctas(); }
 FLUTE_DEVICE uint32_t shared_base() { return simt::kSharedBase; }
@@ -103,6 +104,12 @@ const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, v
 #else
 
 FLUTE_DEVICE int thread_id() { return int(threadIdx.x); }
+// For rare code in a loop: what follows from it is computed there, not kept in registers through the loop.
+FLUTE_DEVICE int fresh_thread_id() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
 FLUTE_DEVICE int cta_id() { return int(blockIdx.x); }
 FLUTE_DEVICE int cta_count() { return int(gridDim.x); }
 extern __shared__ __align__(1024) uint8_t dynamic_shared[];
