@@ -162,6 +162,25 @@ cuda._load()[0].flute_cuda_register()
 cuda._load()[0].flute_cuda_register()
 for name in ("lut_linear_v1", "lut_pack_v1", "lut_unpack_v1"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_flute::{name}", "CUDA"), name
+
+# The implementation for CUDA called with tensors of a CPU: what it refuses before it looks for a GPU.
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+x, packed = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.uint8)
+rows = Layout(ROWS, 4, 128, 4096, torch.bfloat16, (4096,)).header()
+for wrong, why in (
+    (rows, "layout 0, the GPU kernels read layout 4 (mma64)"),
+    (header[:-1], "not one"),
+    (header.int(), "header must be a contiguous int64 CPU tensor"),
+    (header, "packed must be a CUDA tensor"),
+):
+    calls = (ops.lut_linear_op, (x, packed, wrong, None, 4096, "")), (ops.lut_unpack_op, (packed, wrong))
+    for op, arguments in calls:
+        try:
+            op.default.redispatch(key, *arguments)
+        except RuntimeError as e:
+            assert f"vllm_flute: {why}" in str(e).replace("packed-weight header: ", ""), (why, str(e))
+        else:
+            raise AssertionError(why)
 print("done")
 """
 
