@@ -15,6 +15,9 @@ METHODS = ("scale-search", "absmax")
 # Weights worked on at once. They stay in a core's cache, and torch runs operations of fewer than 32768 elements on
 # the calling thread: dozens of small parallel sections would crawl on a machine whose cores are busy.
 _CHUNK_WEIGHTS = (1 << 15) - 1
+# A GPU runs about a hundred small kernels for a chunk: so many weights keep it busy; scale search at 4 bits then takes
+# 2 GB for them.
+_CHUNK_WEIGHTS_GPU = 1 << 22
 
 
 def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -91,7 +94,8 @@ def quantize(
     scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
     if importance is not None:
         importance = importance.to(weight.device, torch.float32).view(k // group_size, group_size)
-    rows = max(1, _CHUNK_WEIGHTS // k)
+    on_cpu = weight.device.type == "cpu"
+    rows = max(1, (_CHUNK_WEIGHTS if on_cpu else _CHUNK_WEIGHTS_GPU) // k)
 
     def convert(i: int) -> None:
         groups = weight[i : i + rows].to(torch.float32).view(-1, k // group_size, group_size)
@@ -108,7 +112,8 @@ def quantize(
         qweight[i : i + rows] = pack_codes(codes.view(-1, k), bits)
         scales[i : i + rows] = s
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(convert, range(0, n, rows)):
+    # A GPU's work stays on the caller's stream, which another thread would not know.
+    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
+        for _ in (pool.map if on_cpu else map)(convert, range(0, n, rows)):
             pass
     return LutTensor(qweight, scales, table, name=name)
