@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+import torch
 from hypothesis import settings
 
 # No test needs a model hub or may report usage; servers that tests start inherit this.
@@ -15,3 +17,12 @@ os.environ.setdefault("VLLM_FLUTE_TABLE", "off")
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny layers on one thread, so that a busy machine does not wait at barriers; a test that wants more sets them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
