@@ -1,14 +1,17 @@
 """Quantization methods against brute force, closed forms and published figures."""
 
-from itertools import product
+from itertools import combinations_with_replacement, pairwise, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_flute import FluteError, quantize
+from vllm_flute import FluteError, LutTensor, quantize
 from vllm_flute.codebook import make_codebook
+from vllm_flute.quantization.cluster import cluster
+from vllm_flute.quantization.gptq import DAMPING, gptq
 from vllm_flute.quantization.scale_search import search_scales
 
 NAMED = [
@@ -159,3 +162,116 @@ def test_not_finite_among_finite():
     weight[2, 5] = torch.inf
     with pytest.raises(FluteError, match="not finite"):
         quantize(weight)
+
+
+def correlated(k: int, rows: int = 4096) -> torch.Tensor:
+    """Second moments of inputs of unequal size that share a common part."""
+    x = gaussian(rows, k, seed=2) * torch.linspace(0.2, 2, k) + gaussian(rows, 1, seed=3) * gaussian(k, seed=4)
+    return x.T @ x / rows
+
+
+@pytest.mark.parametrize("codebook, bits, group_size", [("nf", 4, 64), ("lloyd-max", 3, 32), ("ternary", 2, 256)])
+def test_gptq_without_correlations_is_scale_search(codebook, bits, group_size):
+    """Equal inputs that have nothing in common: no error can be made up for, and no order matters."""
+    weight = gaussian(300, 256)
+    expected = quantize(weight, bits, group_size, codebook)
+    found = gptq(weight, 4 * torch.eye(256), bits, group_size, codebook)
+    assert torch.equal(found.scales, expected.scales) and torch.equal(found.qweight, expected.qweight)
+
+
+def test_gptq_against_its_definition():
+    """One group: each column in its order rounded, the rest set to what minimizes the loss, solved anew in fp64."""
+    k, table = 16, make_codebook("lloyd-max", 3)
+    weight, moments = gaussian(12, k), correlated(k)
+    t = gptq(weight, moments, 3, k, "lloyd-max")
+    h = moments.double() + DAMPING * moments.diagonal().mean() * torch.eye(k)
+    target, current, scale = weight.double(), weight.double().clone(), t.scales.double()
+    order = moments.diagonal().argsort(descending=True)
+    for i, column in enumerate(order):
+        choices = table.double() * scale
+        nearest = (choices - current[:, column : column + 1]).abs().argmin(-1)
+        assert torch.equal(t.codes()[:, column].long(), nearest)
+        current[:, column] = choices.gather(1, nearest.unsqueeze(1)).squeeze(1)
+        done, rest = order[: i + 1], order[i + 1 :]
+        lost = (current - target)[:, done] @ h[done][:, rest]
+        current[:, rest] = target[:, rest] - torch.linalg.solve(h[rest][:, rest], lost.T).T
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_loses_less_at_the_outputs(bits):
+    weight, moments = gaussian(64, 256), correlated(256)
+
+    def loss(t) -> float:
+        difference = t.dequantize() - weight
+        return ((difference @ moments) * difference).sum().item()
+
+    found = loss(gptq(weight, moments, bits, 64, "lloyd-max"))
+    for importance in (None, moments.diagonal()):
+        assert found < 0.75 * loss(quantize(weight, bits, importance=importance))
+
+
+def test_gptq_with_inputs_that_never_occur():
+    weight, moments = gaussian(8, 128), correlated(128)
+    moments[:64], moments[:, :64] = 0, 0
+    t = gptq(weight, moments, 3, 64, "lloyd-max")
+    assert (t.scales[:, 0] == 0).all() and torch.isfinite(t.dequantize()).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -1.0])
+def test_gptq_refuses_moments_that_are_none(value):
+    moments = torch.eye(64)
+    moments[3, 3] = value
+    with pytest.raises(FluteError, match="q_proj.*(not finite|cannot be inverted)"):
+        gptq(gaussian(8, 64), moments, 3, 64, "nf", name="q_proj")
+
+
+@given(
+    st.lists(st.tuples(st.integers(-20, 20), st.sampled_from([0.0, 1.0, 2.5])), min_size=1, max_size=9),
+    st.integers(2, 4),
+)
+@settings(max_examples=100, deadline=None)
+def test_clusters_against_every_partition(points, count):
+    values, weights = (np.array(part, dtype=np.float64) for part in zip(*points, strict=True))
+    if not weights.any():
+        weights += 1
+    centres = cluster(values, weights, count)
+    assert centres.shape == (count,) and (np.diff(centres) >= 0).all()
+    order = values.argsort()
+    values, weights = values[order], weights[order]
+
+    def spread(i: int, j: int) -> float:
+        mass = weights[i:j].sum()
+        mean = (weights[i:j] * values[i:j]).sum() / mass if mass else 0
+        return (weights[i:j] * (values[i:j] - mean) ** 2).sum()
+
+    cuts = combinations_with_replacement(range(len(values) + 1), count - 1)
+    best = min(sum(spread(i, j) for i, j in pairwise([0, *cut, len(values)])) for cut in cuts)
+    error = (weights[:, None] * (values[:, None] - centres) ** 2).min(-1).sum()
+    assert error == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_fitted_table_finds_the_one_that_made_the_weights(bits):
+    """Levels that no named table has; the error falls to what the scales' rounding leaves."""
+    generator = torch.Generator().manual_seed(bits)
+    levels = torch.tensor([-1.0, -0.9, 0.1, 0.3] if bits == 2 else sorted(gaussian(2**bits, seed=bits).tolist()))
+    scales = (1 + torch.rand(128, 4, generator=generator)).bfloat16()
+    codes = torch.randint(0, 2**bits, (128, 256), generator=generator, dtype=torch.uint8)
+    weight = LutTensor.from_codes(codes, scales, levels).dequantize()
+    errors = [(quantize(weight, bits, 64, c).dequantize() - weight).square().mean() for c in ("lloyd-max", "fitted")]
+    assert errors[1] < 0.05 * errors[0]
+
+
+@pytest.mark.parametrize("importance", [None, torch.linspace(0.01, 4, 256)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_fitted_table_is_better_on_skewed_weights(bits, importance):
+    weight = gaussian(256, 256).exp()
+    errors = []
+    for codebook in ("lloyd-max", "fitted"):
+        lost = quantize(weight, bits, 64, codebook, importance=importance).dequantize() - weight
+        errors.append((lost.square() * (1 if importance is None else importance)).sum())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_table_for_weights_of_zero():
+    assert quantize(torch.zeros(2, 64), codebook="fitted").dequantize().abs().max() == 0

@@ -40,17 +40,20 @@ def model_card(source: Checkpoint, report) -> str:
         ("bits", config.bits),
         ("group size", config.group_size),
         ("codebook", config.codebook),
+        ("method", report.method),
         ("quantized layers", ", ".join(f"{n} of {b} bits in groups of {g}" for (b, g), n in sorted(groups.items()))),
         ("not quantized", ", ".join(f"`{entry}`" for entry in config.ignore) or "embeddings and norms only"),
         ("bits per quantized weight", f"{report.bits_per_weight:.3f}"),
         ("mean relative error of a layer", f"{report.mean_error:.4f}"),
         ("size", f"{report.output_bytes / 1e6:.1f} MB (source {report.source_bytes / 1e6:.1f} MB)"),
     ]
+    tokens = report.calibration_tokens
+    calibration = f"calibrated with {tokens} tokens of text" if tokens else "without calibration data"
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "tags:"]
     lines += ["- quantized", "- lookup-table", "- vllm-flute", "---", f"# {title}, lookup-table quantized", ""]
     lines += [
         f"Made from {f'[{base}](https://huggingface.co/{base})' if base else title} with `vllm-flute quantize`, "
-        "without calibration data: each weight is an entry of a small table times the scale of its group.",
+        f"{calibration}: each weight is an entry of a small table times the scale of its group.",
         "",
         "| | |",
         "|---|---|",

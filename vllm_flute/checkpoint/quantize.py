@@ -1,5 +1,6 @@
 """Quantize a checkpoint to lut-v1 as a stream."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -7,17 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from .. import __version__
-from ..codebook import default_codebook, make_codebook
+from ..codebook import check_bits, default_codebook, make_codebook
 from ..errors import FluteError
-from ..format import GROUP_SIZES, SCALE_DTYPES, LutTensor
-from ..quantization import METHODS, quantize
+from ..format import GROUP_SIZES, PARTS, SCALE_DTYPES, LutTensor
+from ..quantization import FITTED, METHODS, gptq, quantize
+from .calibrate import Calibration, calibration_tokens
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
 from .output import Output
 from .reader import Checkpoint
-from .rewrite import Progress, fingerprint, require_elsewhere, require_plain, rewrite
+from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
 
 EMBEDDING = "model.embed_tokens.weight"
 # Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
@@ -41,12 +44,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What `quantize_checkpoint` did; sizes in bytes of tensors."""
+    """What `quantize_checkpoint` did; sizes in bytes of tensors, ``calibration_tokens`` 0 without calibration."""
 
     config: LutConfig
     layers: list[LayerReport]
     source_bytes: int
     output_bytes: int
+    method: str
+    calibration_tokens: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,9 +72,17 @@ def fit_group(requested: int, k: int, name: str) -> int:
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if g <= requested and k % g == 0), k)
 
 
+def _table(codebook: str | torch.Tensor, bits: int) -> list[float] | None:
+    """The values of a table that is the same for all layers, or None for one that is fitted to each."""
+    if isinstance(codebook, str) and codebook == FITTED:
+        check_bits(bits)
+        return None
+    return make_codebook(codebook, bits).tolist()
+
+
 def _check_options(bits: int, group_size: int, codebook, scale_dtype: torch.dtype, where: str) -> None:
     try:
-        make_codebook(codebook, bits)
+        _table(codebook, bits)
     except FluteError as e:
         raise FluteError(f"{where}{e}") from None
     if group_size not in (0, *GROUP_SIZES):
@@ -111,6 +124,14 @@ def _plan(
     return LutConfig(*default, codebook, tuple(ignored), {n: s for n, s in quantized.items() if s != default})
 
 
+def dequantized(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The plain weights that stored tensors of lut-v1 stand for; what is not quantized stays."""
+    layers = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    plain = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
+    made = {f"{p}.weight": LutTensor(*(tensors[f"{p}.{part}"] for part in PARTS)).dequantize() for p in layers}
+    return plain | made
+
+
 def _relative_error(weight: torch.Tensor, t: LutTensor) -> float:
     """``||W - W_quantized|| / ||W||``, in row chunks."""
     rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
@@ -136,6 +157,8 @@ def quantize_checkpoint(
     lm_head: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
     method: str = "scale-search",
+    calibrate: str | Path | None = None,
+    tokens: int = 32768,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -150,12 +173,15 @@ def quantize_checkpoint(
         bits: 2, 3 or 4.
         group_size: 16, 32, 64, 128, 256, or 0 for one scale a row. Where it does not divide a layer's K that
             layer takes the largest supported size that does, or K itself, and is listed in the overrides.
-        codebook: "lloyd-max" (the default), "nf", "fp4", "int", "ternary" or a tensor of at most ``2**bits`` values.
+        codebook: "lloyd-max" (the default), "nf", "fp4", "int", "ternary", "fitted" (a table for each layer) or a
+            tensor of at most ``2**bits`` values.
         ignore: module names not to quantize (see `config.matches`).
         overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too; a tied head is untied and made from the embedding.
         scale_dtype: bf16 or fp16.
-        method: "scale-search" or "absmax" (see `quantization.quantize`).
+        method: "scale-search" or "absmax" (see `quantization.quantize`), or "gptq", which needs calibration.
+        calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
+            errors by the inputs' second moments. LLaMA's architecture only.
         overwrite: replace another result of this tool in ``out``.
         progress: called as ``progress(done, total, label)`` after each output shard.
 
@@ -167,6 +193,8 @@ def quantize_checkpoint(
     codebook = default_codebook(bits) if codebook is None else codebook
     if method not in METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
+    if (method == "gptq" and not calibrate) or (method == "absmax" and calibrate):
+        raise FluteError(f"method {method} {'needs' if method == 'gptq' else 'does not use'} calibration text")
     _check_options(bits, group_size, codebook, scale_dtype, "")
     for name, spec in overrides.items():
         _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
@@ -190,25 +218,47 @@ def quantize_checkpoint(
     label = codebook if isinstance(codebook, str) else "custom"
     lut = _plan(shapes, bits, group_size, label, ignore, overrides)
 
+    def final(layer: int) -> dict[str, torch.Tensor]:
+        """The weights of a decoder layer that is written, dequantized, by their names within it."""
+        prefix = f"model.layers.{layer}."
+        shard = next(name for name, s in output.shards.items() if any(key.startswith(prefix) for key in s["tensors"]))
+        stored = load_file(output.path / shard)
+        return {name.removeprefix(prefix): w for name, w in dequantized(stored).items()}
+
+    def moments(layer: str) -> torch.Tensor:
+        if layer == HEAD:
+            return calibration.head_moments()
+        found = LAYER.search(layer)
+        return calibration.moments(int(found[1]), layer[found.end() :])
+
     def convert(name: str) -> tuple[dict[str, torch.Tensor], dict | None]:
         layer = name.removesuffix(".weight")
         tensor = source.tensor(weights.get(name, name))
         if name not in weights or lut.is_ignored(layer):
             return {name: tensor}, None
         spec = lut.layer(layer)
-        t = quantize(tensor, *spec, codebook, scale_dtype, name, method)
+        if method == "gptq":
+            t = gptq(tensor, moments(layer), *spec, codebook, scale_dtype, name)
+        else:
+            importance = moments(layer) if calibration else None
+            t = quantize(tensor, *spec, codebook, scale_dtype, name, method, importance)
         made = {f"{layer}.qweight": t.qweight, f"{layer}.scales": t.scales, f"{layer}.codebook": t.codebook}
         adjusted = spec.group_size != (group_size or t.shape[1]) and not first_match(overrides, layer)
         report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, _relative_error(tensor, t))
         return made, asdict(report)
 
-    table = make_codebook(codebook, bits).tolist() if isinstance(codebook, str) else codebook.tolist()
+    table = _table(codebook, bits)
     options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
     options["method"] = method
+    calibration = None
+    if calibrate:
+        ids = calibration_tokens(source, calibrate, tokens)
+        options["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        calibration = Calibration(source, ids, final, full=method == "gptq")
     with Output(out, fingerprint(source, options), overwrite) as output:
         reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
         layers = [LayerReport(**r) for r in reports]
-        report = QuantizeReport(lut, layers, source.nbytes, output.nbytes)
+        report = QuantizeReport(lut, layers, source.nbytes, output.nbytes, method, ids.numel() if calibrate else 0)
         config = source.config | {"quantization_config": lut.to_dict()}
         if lm_head:
             config["tie_word_embeddings"] = False

@@ -10,7 +10,7 @@ from ..errors import FluteError
 from .output import Output
 from .reader import Checkpoint
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # Tensors a name becomes, and what to report about it (JSON), or None.
 Convert = Callable[[str], tuple[dict[str, torch.Tensor], dict | None]]
 Progress = Callable[[int, int, str], None]
@@ -26,7 +26,7 @@ def units(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     """(label, names) of each output shard: the embedding, decoder layers in order, what is left, the head."""
     groups: dict[tuple, list[str]] = {}
     for name in sorted(names):
-        layer = _LAYER.search(name)
+        layer = LAYER.search(name)
         if layer:
             # Two stacks of layers (an encoder's and a decoder's) stay apart by what comes before.
             key = (1, name[: layer.start()], int(layer[1]), name[: layer.end() - 1].lstrip("."))

@@ -55,12 +55,17 @@ def quantize(
     codebook: Annotated[
         str,
         typer.Option(
-            help="lloyd-max, nf, fp4 (4 bits), int, ternary (2 bits), or a JSON file with a list of numbers.",
+            help="lloyd-max, nf, fp4 (4 bits), int, ternary (2 bits), fitted (a table for each "
+            "layer), or a JSON file with a list of numbers.",
         ),
     ] = "lloyd-max",
     method: Annotated[
-        str, typer.Option(help="How scales are found: scale-search (least squared error) or absmax (fast).")
+        str, typer.Option(help="scale-search (least squared error), gptq (with --calibrate) or absmax (fast).")
     ] = "scale-search",
+    calibrate: Annotated[
+        Path, typer.Option(metavar="TEXT", help="UTF-8 text to calibrate with.", exists=True, dir_okay=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.")] = 32768,
     ignore: Annotated[
         list[str], typer.Option(help="Leave these modules as they are: part of a dotted name, or re:REGEX. Repeatable.")
     ] = (),
@@ -73,7 +78,7 @@ def quantize(
     scale_dtype: Annotated[ScaleDtype, typer.Option(help="How scales are stored.")] = ScaleDtype.bfloat16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result in the output.")] = False,
 ) -> None:
-    """Quantize a checkpoint without calibration data, one layer in memory; after an interruption it continues."""
+    """Quantize a checkpoint, one layer in memory; after an interruption the same command continues."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -94,6 +99,8 @@ def quantize(
             lm_head=lm_head,
             scale_dtype=getattr(torch, scale_dtype.value),
             method=method,
+            calibrate=calibrate,
+            tokens=tokens,
             overwrite=overwrite,
             progress=progress,
         )
@@ -103,7 +110,8 @@ def quantize(
     table = Table(show_header=False)
     table.add_row("output", str(output))
     table.add_row("layers", f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {codebook}")
-    table.add_row("method", method)
+    calibrated = f", calibrated with {report.calibration_tokens} tokens" if calibrate else ""
+    table.add_row("method", method + calibrated)
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")

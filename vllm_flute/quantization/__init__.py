@@ -1,5 +1,9 @@
 """Quantization methods, one a file. `quantize` is the data-free entry point."""
 
-from .round_to_nearest import METHODS, quantize
+from .fitted import FITTED
+from .gptq import gptq
+from .round_to_nearest import quantize
 
-__all__ = ["METHODS", "quantize"]
+METHODS = ("scale-search", "absmax", "gptq")
+
+__all__ = ["FITTED", "METHODS", "gptq", "quantize"]

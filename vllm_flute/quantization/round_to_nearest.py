@@ -4,13 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..codebook import default_codebook, make_codebook
+from ..codebook import check_bits, default_codebook
 from ..errors import FluteError
 from ..format import SCALE_DTYPES, LutTensor, check_group_size
 from ..packing import pack_codes
+from .fitted import resolve_codebook
 from .scale_search import search_scales
 
-METHODS = ("scale-search", "absmax")
+_METHODS = ("scale-search", "absmax")
 
 # Weights worked on at once. They stay in a core's cache, and torch runs operations of fewer than 32768 elements on
 # the calling thread: dozens of small parallel sections would crawl on a machine whose cores are busy.
@@ -20,19 +21,22 @@ _CHUNK_WEIGHTS = (1 << 15) - 1
 _CHUNK_WEIGHTS_GPU = 1 << 22
 
 
+def distinct_entries(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table's values in ascending order, and the code uint8 of each; of equal entries the first has the code."""
+    levels, position = torch.unique(codebook, return_inverse=True)
+    codes = torch.full((levels.numel(),), codebook.numel(), dtype=torch.int64)
+    codes.scatter_reduce_(0, position.cpu(), torch.arange(codebook.numel()), "amin")
+    return levels, codes.to(torch.uint8).to(codebook.device)
+
+
 def nearest_codes(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Code uint8 of the nearest codebook entry for each value; a tie takes the entry that is smaller."""
-    ascending, order = torch.unique(codebook, return_inverse=True)
-    # Of equal entries (a padded short table) the first keeps the code.
-    first = torch.full((ascending.numel(),), codebook.numel(), dtype=torch.int64)
-    first.scatter_reduce_(0, order.cpu(), torch.arange(codebook.numel()), "amin")
-    midpoints = (ascending[1:] + ascending[:-1]) / 2
+    levels, codes = distinct_entries(codebook)
     # At most 15 comparisons in cache: half the time of torch.bucketize.
     index = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    for midpoint in midpoints.tolist():
+    for midpoint in ((levels[1:] + levels[:-1]) / 2).tolist():
         index += values > midpoint
-    codes = first.to(torch.uint8).to(values.device).index_select(0, index.view(-1).to(torch.int32))
-    return codes.view(values.shape)
+    return codes.index_select(0, index.view(-1).to(torch.int32)).view(values.shape)
 
 
 def absmax_scales(groups: torch.Tensor, codebook: torch.Tensor, name: str | None) -> torch.Tensor:
@@ -65,8 +69,8 @@ def quantize(
     Args:
         bits: 2, 3 or 4.
         group_size: inputs that share a scale: a multiple of 8 that divides K.
-        codebook: "lloyd-max" (the default), "nf", "fp4" (4 bits), "int", "ternary" (2 bits) or a tensor of at most
-            ``2**bits`` values.
+        codebook: "lloyd-max" (the default), "nf", "fp4" (4 bits), "int", "ternary" (2 bits), "fitted" (a table of this
+            weight's own, see `fit_codebook`) or a tensor of at most ``2**bits`` values.
         scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
         name: what errors call this weight.
         method: "scale-search" takes the scales of least squared error, "absmax" those whose largest table entry
@@ -77,23 +81,26 @@ def quantize(
         FluteError: unsupported width, group size, codebook or method, or weights that are not finite.
     """
     codebook = default_codebook(bits) if codebook is None else codebook
-    table = make_codebook(codebook, bits).to(weight.device)
+    check_bits(bits)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise FluteError(f"{name} is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]")
     if scale_dtype not in SCALE_DTYPES:
         raise FluteError(f"scale dtype {scale_dtype} is not supported (supported: bfloat16, float16)")
-    if method not in METHODS:
-        raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
+    if method not in _METHODS:
+        raise FluteError(f"unknown method {method!r} (known: {', '.join(_METHODS)})")
     n, k = weight.shape
     try:
         check_group_size(group_size, k)
     except FluteError as e:
         raise FluteError(f"{name}: {e}") from None
+    if importance is not None:
+        importance = importance.to(weight.device, torch.float32)
+    table = resolve_codebook(codebook, weight, bits, group_size, importance)
 
     qweight = torch.empty(n, k * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group_size, dtype=scale_dtype, device=weight.device)
     if importance is not None:
-        importance = importance.to(weight.device, torch.float32).view(k // group_size, group_size)
+        importance = importance.view(k // group_size, group_size)
     on_cpu = weight.device.type == "cpu"
     rows = max(1, (_CHUNK_WEIGHTS if on_cpu else _CHUNK_WEIGHTS_GPU) // k)
 

@@ -19,7 +19,7 @@ class Perplexity(NamedTuple):
     windows: int
 
 
-def _windows(tokens: list[int], bos: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
+def strided_windows(tokens: list[int], bos: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
     """(token ids, how many of the last to score) of each window: every token is scored once.
 
     A window starts with the tokenizer's beginning-of-text token where it has one. The first window scores all of
@@ -66,7 +66,7 @@ def perplexity(
     tokens = client.tokenize(text)[:max_tokens]
     if len(tokens) < 2:
         raise FluteError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
-    windows = _windows(tokens, bos, window, stride)
+    windows = strided_windows(tokens, bos, window, stride)
     nats, count = 0.0, 0
     for i in range(0, len(windows), _WINDOWS_A_REQUEST):
         batch = windows[i : i + _WINDOWS_A_REQUEST]

@@ -1,0 +1,134 @@
+"""Calibration against transformers' own model, and calibrated runs: continued and refused."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import make_llama31, make_tiny
+from transformers import AutoModelForCausalLM
+
+from vllm_flute import FluteError
+from vllm_flute.checkpoint import Checkpoint, check_checkpoint, quantize_checkpoint
+from vllm_flute.checkpoint.calibrate import Calibration, calibration_tokens
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away. " * 300
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_llama31(tmp_path_factory.mktemp("calibrate") / "plain", hidden=128, layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def source_layer(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {n.removeprefix(prefix): source.tensor(n) for n in source.headers if n.startswith(prefix)}
+
+
+def test_moments_are_those_of_the_model(plain, text):
+    """Every linear layer's and the head's inputs, in two layers, beside hooks on the whole model."""
+    source = Checkpoint(plain)
+    tokens = calibration_tokens(source, text, 2048)
+    assert tokens.shape == (2, 1024)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: inputs.__setitem__(name, x[0].float().flatten(0, 1))
+            )
+    with torch.inference_mode():
+        model(tokens)
+    full = Calibration(source, tokens, lambda i: source_layer(source, i), full=True)
+    diagonal = Calibration(source, tokens, lambda i: source_layer(source, i), full=False)
+    for name, x in inputs.items():
+        if name != "lm_head":
+            _, _, layer, own = name.split(".", 3)
+            found, squares = (c.moments(int(layer), own) for c in (full, diagonal))
+            expected = x.T @ x / len(x)
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
+            torch.testing.assert_close(squares, found.diagonal())
+    x = inputs["lm_head"]
+    torch.testing.assert_close(full.head_moments(), x.T @ x / len(x), rtol=0.02, atol=0.01 * x.square().mean().item())
+
+
+@pytest.mark.parametrize("method", ["scale-search", "gptq"])
+def test_an_interrupted_run_continues(plain, text, tmp_path, method):
+    options = {"bits": 3, "group_size": 32, "method": method, "calibrate": text, "tokens": 512, "lm_head": True}
+    report = quantize_checkpoint(plain, tmp_path / "whole", **options)
+    assert report.calibration_tokens == 512 and len(report.layers) == 15
+    assert "calibrated with 512 tokens" in (tmp_path / "whole" / "README.md").read_text()
+
+    def stop(done, total, label):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plain, tmp_path / "out", progress=stop, **options)
+    with pytest.raises(FluteError, match="other options"):
+        quantize_checkpoint(plain, tmp_path / "out", **options | {"tokens": 256})
+    quantize_checkpoint(plain, tmp_path / "out", **options)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    check_checkpoint(tmp_path / "out")
+
+
+def test_calibration_helps_the_model(plain, text, tmp_path):
+    """The output's error on the calibration text falls from scale search to GPTQ."""
+    source = Checkpoint(plain)
+    tokens = calibration_tokens(source, text, 2048)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    errors = {}
+    for method, calibrate in (("scale-search", None), ("gptq", text)):
+        out = tmp_path / method
+        quantize_checkpoint(plain, out, bits=3, method=method, calibrate=calibrate, tokens=2048)
+        model.load_state_dict(dequantized_weights(out), strict=True)
+        with torch.inference_mode():
+            errors[method] = (model(tokens).logits - expected).square().mean().item()
+    assert errors["gptq"] < 0.6 * errors["scale-search"]
+
+
+def dequantized_weights(path) -> dict[str, torch.Tensor]:
+    from vllm_flute.checkpoint.quantize import dequantized
+
+    made = Checkpoint(path)
+    return dequantized({name: made.tensor(name) for name in made.headers})
+
+
+REFUSED = {
+    "gptq without text": ({"method": "gptq"}, "gptq needs calibration text"),
+    "absmax with text": ({"method": "absmax", "calibrate": "text"}, "absmax does not use calibration text"),
+    "too short": ({"calibrate": "text", "tokens": 10**6}, "has [0-9]+ tokens, --tokens asks for 1000000"),
+    "no tokens": ({"calibrate": "text", "tokens": 0}, "--tokens asks for 0"),
+    "missing": ({"calibrate": "nothing.txt"}, "nothing.txt cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_impossible_calibrations(plain, text, tmp_path, case):
+    options, message = REFUSED[case]
+    if options.get("calibrate") == "text":
+        options = options | {"calibrate": text}
+    with pytest.raises(FluteError, match=message):
+        quantize_checkpoint(plain, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_run(text, tmp_path):
+    without_tokenizer = make_tiny(tmp_path / "tiny")
+    with pytest.raises(FluteError, match="has no tokenizer that transformers can load"):
+        quantize_checkpoint(without_tokenizer, tmp_path / "out", calibrate=text)
+    other = make_llama31(tmp_path / "other", hidden=64, layers=1)
+    config = json.loads((other / "config.json").read_text()) | {"model_type": "mamba"}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FluteError, match="runs LLaMA's layers, .* has model_type 'mamba'"):
+        quantize_checkpoint(other, tmp_path / "out", calibrate=text, tokens=64)
+    assert not (tmp_path / "out").exists()
