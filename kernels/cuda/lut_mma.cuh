@@ -5,6 +5,20 @@
 //
 // Weights are rounded once, to x's type, in the table: the scales multiply fp32 sums, once a block or, in groups
 // of 16 and 32, once a step.
+//
+// Budget of a warp's block of 64 x 64 weights, counted in the SASS of sm_90a for groups of 64 and more (8 tokens; 16 and 32
+// tokens have 16 and 48 more HMMA and FFMA, and 2 and 6 more LDSM). A wavefront is a cycle of shared memory (128 bytes):
+//
+//                                                        4 bits   3 bits   2 bits
+//   wavefronts: lookups (LDS.32 x 64; LDS.64 x 32)           64       64       64
+//               codes written by LDGSTS, read by LDS.128     32       24       16
+//               x by LDSM, scales by LDS.32                8 + 4    8 + 4    8 + 4
+//   LOP3 + SHF + PRMT, two a cycle                          120      114       63
+//   HMMA / FFMA / FMUL                                  16/16/8  16/16/8  16/16/8
+//   instructions, four a cycle                              277      265      179
+//
+// Not measured: the rates are the programming guide's for 9.0. A multiprocessor's share of 4.3 TB/s (132 of them at 1.75 GHz) is
+// 18.6 bytes a cycle, a block of 4, 3, 2 bits in 110, 83, 55 cycles, and shared memory takes 108, 100, 92: it is the limit.
 #pragma once
 
 #include <cstdio>
@@ -52,7 +66,8 @@ struct MmaParameters {
   int m;
   int group_shift;  // inputs of a group, as a power of two; 30 where there is one group
   int scale_rows;   // of a stage and strip
-  int token_tiles, slices;  // of y, of a tile
+  int token_tiles;  // of y
+  int slices;       // of a tile
   int stages, stage_bytes;
 };
 
@@ -95,7 +110,7 @@ FLUTE_DEVICE int group_of(const MmaParameters& p, int input) {
 }
 
 // Brings stages, of its tile's slices one after another. Each thread always copies the same places of a stage, so that what
-// changes from slice to slice are three pointers. Strips beyond the shard, blocks beyond K and tokens beyond M are left alone;
+// changes from slice to slice are two offsets. Strips beyond the shard, blocks beyond K and tokens beyond M are left alone;
 // inputs beyond K are zeros.
 template <int kBits, class Tile>
 struct MmaLoader {
@@ -114,7 +129,8 @@ struct MmaLoader {
   FLUTE_DEVICE void start(const MmaParameters& p, const MmaPlace& at, int slice, int thread) {
     const int strip = thread / kStripThreads, token = at.token + thread / kTokenChunks;
     chunk = thread % kStripThreads;
-    codes = uint32_t(p.w.codes_offset / 16) + ((at.strip + strip) * p.w.blocks + slice * Tile::kInputWarps) * kBlockChunks + chunk;
+    const int block = (at.strip + strip) * p.w.blocks + slice * Tile::kInputWarps;
+    codes = uint32_t(p.w.codes_offset / 16) + block * kBlockChunks + chunk;
     scales = uint32_t(p.w.scales_offset / 16) + (at.strip + strip) * p.w.groups * kRowChunks + chunk;
     x = token * (p.w.k / 8) + slice * kTokenChunks + thread % kTokenChunks;
     tokens = p.m - token;
@@ -143,7 +159,8 @@ struct MmaLoader {
     stage += Tile::kXBytes;
     const int group = group_of(p, input), groups = group_of(p, input + Tile::kInputs - 1) - group + 1;
     if (chunk < groups * kRowChunks) {
-      cp_async16(stage + (strip * p.scale_rows * kRowChunks + chunk) * 16, p.packed + uint64_t(scales + group * kRowChunks) * 16, 16);
+      const uint8_t* const row = p.packed + uint64_t(scales + group * kRowChunks) * 16;
+      cp_async16(stage + (strip * p.scale_rows * kRowChunks + chunk) * 16, row, 16);
     }
     codes += kStripChunks;
     x += kTokenChunks;
@@ -153,8 +170,8 @@ struct MmaLoader {
 // Adds the products of one block to a warp's sums. acc[u][t] are C's registers of unit u and tokens 8t .. 8t + 7. With
 // kSmallGroups scales change within the block.
 template <int kBits, bool kF16, class Tile, bool kSmallGroups>
-FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float to_weight, uint32_t stage, int row_warp, int input_warp,
-                                 int slice, float (&acc)[4][Tile::kTokenTiles][4]) {
+FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float to_weight, uint32_t stage, int row_warp,
+                                 int input_warp, int slice, float (&acc)[4][Tile::kTokenTiles][4]) {
   const int lane = lane_id();
   const uint32_t copy = lane_copy<kBits>(lane);
   uint32_t codes[4 * kBits];
@@ -187,7 +204,8 @@ FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float t
       FLUTE_UNROLL
       for (int t = 0; t < Tile::kTokenTiles; ++t) mma<kF16>(sum[t], a, b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
       if (!kSmallGroups && s < 3) continue;
-      const uint32_t pair = lds32(scales + (group_of(p, input + (kSmallGroups ? s * kStepInputs : 0)) - first_group) * kScaleRowBytes + u * 4);
+      const int group = group_of(p, input + (kSmallGroups ? s * kStepInputs : 0));
+      const uint32_t pair = lds32(scales + (group - first_group) * kScaleRowBytes + u * 4);
       float scale[2];
       FLUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -209,7 +227,8 @@ FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float t
 // Adds up the warps of a strip, always in the same order, through shared memory at `buffer`, which others may still read
 // when this begins. `own` are a warp's units of the sum: input warp i has units i * kUnits and following.
 template <class Tile>
-FLUTE_DEVICE void add_input_warps(uint32_t buffer, int thread, const float (&acc)[4][Tile::kTokenTiles][4], float (&own)[Tile::kValues]) {
+FLUTE_DEVICE void add_input_warps(uint32_t buffer, int thread, const float (&acc)[4][Tile::kTokenTiles][4],
+                                  float (&own)[Tile::kValues]) {
   constexpr int kOf = Tile::kInputWarps;
   const int warp = thread / 32, input_warp = warp % kOf, row_warp = warp / kOf;
   const auto place = [&](int from, int t) { return buffer + from * Tile::kUnitBytes + t * kVectorBytes + thread % 32 * 16; };
@@ -351,12 +370,14 @@ const char* launch_mma(const Gemm& call, int group_shift) {
   }
   p.stages = (shared - fixed) / p.stage_bytes < kMaxStages ? (shared - fixed) / p.stage_bytes : kMaxStages;
   if (shared < fixed || p.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
-  const int64_t row_tiles = call.w.n_shards == 1 ? (call.w.strips + Tile::kRowWarps - 1) / Tile::kRowWarps : call.w.strips;  // or fewer
+  // A shard's last tile may have a single strip; how many do is on the device.
+  const int64_t row_tiles = call.w.n_shards == 1 ? (call.w.strips + Tile::kRowWarps - 1) / Tile::kRowWarps : call.w.strips;
   const int64_t items = row_tiles * p.token_tiles * p.slices;
   if (items > INT32_MAX) return "lut_mma: more tokens than 32-bit work items can count";
   const int64_t most = int64_t(ctas) * call.device.sms;
   if (most > int64_t(kCounterBytes / sizeof(unsigned))) return "lut_mma: more multiprocessors than the workspace has counters";
-  return launch(lut_mma<kBits, kF16, Tile>, int(items < most ? items : most), kMmaThreads, fixed + p.stages * p.stage_bytes, call.stream, p);
+  const int grid = int(items < most ? items : most), bytes = fixed + p.stages * p.stage_bytes;
+  return launch(lut_mma<kBits, kF16, Tile>, grid, kMmaThreads, bytes, call.stream, p);
 }
 
 template <int kBits, bool kF16>

@@ -31,7 +31,7 @@ FLUTE_HD inline uint32_t owner(const Work& w, uint32_t item) {
 }
 
 // fp32 bytes of the workspace for each multiprocessor: two slots of a tile for each CTA that runs there. The largest are
-// two CTAs of 128 rows x 16 tokens or one of 256 x 32 (lut_mma.cuh), and one of 256 x 128 (lut_wgmma.cuh, Hopper only).
+// one CTA of 256 rows x 32 tokens (lut_mma.cuh; two of 128 x 8 take less), and one of 256 x 128 (lut_wgmma.cuh, Hopper only).
 constexpr size_t kMmaSlotBytes = 2 * 256 * 32 * sizeof(float);
 constexpr size_t kWgmmaSlotBytes = 2 * 256 * 128 * sizeof(float);
 
@@ -39,8 +39,8 @@ constexpr size_t kWgmmaSlotBytes = 2 * 256 * 128 * sizeof(float);
 // True where this CTA has the sum, in `values`, and is to write the tile. All kThreads threads call it; sync() is their
 // barrier and `flag` the shared address of a word of theirs.
 template <int kThreads, int kValues, class Sync>
-FLUTE_DEVICE bool combine(const Work& w, void* workspace, uint32_t cta, uint32_t tile, int thread, uint32_t flag, float (&values)[kValues],
-                          const Sync& sync) {
+FLUTE_DEVICE bool combine(const Work& w, void* workspace, uint32_t cta, uint32_t tile, int thread, uint32_t flag,
+                          float (&values)[kValues], const Sync& sync) {
   static_assert(kValues % 4 == 0, "slots are read 16 bytes at a time");
   const uint32_t first = owner(w, tile * w.slices), last = owner(w, tile * w.slices + w.slices - 1);
   if (first == last) return true;

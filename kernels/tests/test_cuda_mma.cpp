@@ -10,7 +10,8 @@ namespace {
 
 Device device_of(int arch, int sms) { return {arch, sms, (arch == 90 ? 227 : 99) * 1024}; }
 
-void run_and_check(const Layer& layer, const Input& in, const Device& device, bool with_bias, uint64_t order, const std::string& name) {
+void run_and_check(const Layer& layer, const Input& in, const Device& device, bool with_bias, uint64_t order,
+                   const std::string& name) {
   check(layer, in, with_bias, bound(layer, in.f16, 1), run(run_mma, layer, in, device, with_bias, order, name), name);
 }
 
@@ -86,7 +87,8 @@ void check_refusals() {
   Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, 1, 0, nullptr, device_of(90, 1), nullptr};
   const auto refused = [&](const char* words) {
     const char* error = run_mma(call);
-    expect(error && strstr(error, words), std::string("refused with the words '") + words + "', not " + (error ? error : "nothing"));
+    const std::string said = error ? error : "nothing";
+    expect(said.find(words) != std::string::npos, std::string("refused with the words '") + words + "', not " + said);
   };
   refused("group_size is 24");
   call.w = make_layer({{8}, 48, 48}, 4, false, kAny).w;
