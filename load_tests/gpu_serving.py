@@ -1,0 +1,371 @@
+"""Serving on one GPU, measured part by part: bf16, this project and vLLM's own quantizations side by side.
+
+    python load_tests/gpu_serving.py PART --out DIR [--minutes 8.5] [--model BF16 --expected FILE] [--dry-run]
+    python load_tests/gpu_serving.py report --out DIR
+
+`text`: the quantized embedded model (--model, a bf16 checkpoint) answers as on the CPU, where `text --out DIR` without
+--expected wrote DIR/expected.json. `8b-*` and `70b`: LLaMA-3 shapes with dummy weights, in-process engines; every part
+measures bf16 anew, and ratios are to that. `8b-serve`: `vllm serve` and `vllm bench serve`. A part ends in time, writes
+DIR/PART.json after every figure and says why a variant is missing. `--dry-run` takes tiny shapes and says so.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import gpu_serving_report
+from gpu_serving_models import Variant, write_dummy
+
+from vllm_flute.errors import FluteError
+from vllm_flute.serve import Server, cpu_environment
+
+WORKER = Path(__file__).with_name("gpu_serving_worker.py")
+STREAMS = (1, 8, 32, 128)
+DECODE_TOKENS, PREFILL_TOKENS, ROUNDS = 128, 4096, 3
+# (name, concurrent streams, prompt tokens, generated tokens, requests a stream) of `vllm bench serve`.
+SERVED = (*((f"serve x{n}", n, 128, 128, 2) for n in STREAMS), ("serve prefill-heavy x32", 32, 2048, 32, 2))
+PARTS = {
+    "text": ("flute-4-g64-head", "flute-3-g64-head"),
+    "8b-4bit": ("bf16", "flute-4-g128-head", "flute-4-g64-head", "flute-4-g128"),
+    "8b-3bit": ("bf16", "flute-3-g128-head", "flute-3-g64-head", "flute-3-g128"),
+    "8b-2bit": ("bf16", "flute-2-g128-head", "flute-2-g64-head", "flute-2-g128"),
+    "8b-peers": ("bf16", "flute-4-g128", "gptq-4-g128", "gptq-4-g128-head", "awq-4-g128", "fp8"),
+    "8b-serve": ("bf16", "flute-4-g128-head", "flute-3-g128-head", "gptq-4-g128-head"),
+    # bf16 is larger than one GPU's memory.
+    "70b": ("flute-4-g128-head", "flute-3-g128-head", "gptq-4-g128-head", "fp8"),
+}
+# vLLM's CUDA wheel compiles nothing for these at start where the bundle left flashinfer out (deploy/bundle.py).
+ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+# A variant that has less time than this is not begun: an engine's start alone takes most of it.
+LEAST_SECONDS = 45
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):",
+    "The largest planet of the solar system is",
+    "Once upon a time there was a",
+    "The three primary colors are",
+)
+ANSWER_TOKENS = 32
+# Two log-probabilities of bf16 logits are a tie within twice four rounding steps of 1/16 (tests/test_serve.py).
+TIE = 0.5
+
+
+class Part:
+    """The result of one part, on disk after every change."""
+
+    def __init__(self, name: str, out: Path, seconds: float, dry_run: bool):
+        self.path = out / f"{name}.json"
+        if self.path.exists():
+            raise FluteError(f"{self.path} exists: choose another --out, or remove it to measure again")
+        out.mkdir(parents=True, exist_ok=True)
+        self.deadline = time.monotonic() + seconds
+        self.data = {"part": name, "dry_run": dry_run, "machine": machine(), "variants": {}}
+        self.save()
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1))
+        os.replace(partial, self.path)
+
+    def add(self, variant: str, **values) -> None:
+        self.data["variants"].setdefault(variant, {"figures": {}}).update(values)
+        self.save()
+
+    def figure(self, variant: str, name: str, value) -> None:
+        entry = self.data["variants"].setdefault(variant, {"figures": {}})
+        entry["figures"][name] = value
+        self.save()
+        print(f"  {variant}: {name} {value}", flush=True)
+
+
+def machine() -> dict:
+    """What the figures belong to."""
+    import torch
+
+    versions = {}
+    for name in ("vllm", "vllm-flute", "torch", "triton", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says why."""
+    lines = [
+        line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(r"\w*Error\b|error:", line)
+    ]
+    # An engine's own message comes before the one that says that the engine failed.
+    why = [line for line in lines if "Engine core initialization failed" not in line] or lines or ["no error line"]
+    return re.sub(r"^\(.*?\)\s*(ERROR \S+ \S+ \[\S+\]\s*)?", "", why[-1])[:300]
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and everything that it started (they share one process group)."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_worker(part: Part, variant: str, job: dict, log: Path):
+    """Run one engine and yield its lines as they come; the reason of a failure goes into the part."""
+    job = job | {"out": str(log.with_suffix(".jsonl"))}
+    spec = log.with_suffix(".job.json")
+    spec.write_text(json.dumps(job))
+    lines_file, seen = Path(job["out"]), 0
+
+    def lines() -> list[str]:
+        return lines_file.read_text().splitlines() if lines_file.exists() else []
+
+    with open(log, "w") as output:
+        command = [sys.executable, str(WORKER), str(spec)]
+        environment = os.environ | ENVIRONMENT | cpu_environment()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            while True:
+                ended = process.poll()
+                for line in lines()[seen:]:
+                    seen += 1
+                    yield json.loads(line)
+                if ended is not None or part.left() < 0:
+                    break
+                time.sleep(0.2)
+        finally:
+            end(process)
+    if ended is None:
+        part.add(variant, missing="out of time while it ran")
+    elif ended:
+        part.add(variant, missing=last_error(log))
+
+
+def weights_gib(log: Path) -> float | None:
+    """What vLLM says that the model's weights take."""
+    found = re.search(r"[Mm]odel loading took ([\d.]+) GiB", log.read_text(errors="replace"))
+    return float(found[1]) if found else None
+
+
+def engine_options(dry_run: bool, streams: int) -> dict:
+    common = {"load_format": "dummy", "dtype": "bfloat16", "enable_prefix_caching": False, "max_num_seqs": streams}
+    if dry_run:
+        return common | {"max_model_len": 512, "enforce_eager": True}
+    return common | {"max_model_len": 8192, "gpu_memory_utilization": 0.92}
+
+
+def loads(dry_run: bool) -> list[dict]:
+    streams, decode, prefill = ((1, 2), 8, 64) if dry_run else (STREAMS, DECODE_TOKENS, PREFILL_TOKENS)
+    decodes = [{"name": f"decode x{n}", "kind": "decode", "streams": n, "tokens": decode} for n in streams]
+    return [*decodes, {"name": f"prefill {prefill}", "kind": "prefill", "streams": 1, "tokens": prefill}]
+
+
+def turns(part: Part, variants: list[str]):
+    """The variants that there is time for."""
+    longest = LEAST_SECONDS
+    for variant in variants:
+        if part.left() < longest:
+            part.add(variant, missing=f"out of time: {part.left():.0f} s were left, {longest:.0f} s are needed")
+            continue
+        print(f"{variant}, {part.left():.0f} s left", flush=True)
+        begin = time.monotonic()
+        yield variant
+        # Part of a variant is kept as well: begin one where two thirds of the longest so far are left.
+        longest = max(longest, (time.monotonic() - begin) * 2 / 3)
+
+
+def offline(part: Part, shape: str, variants: list[str], dry_run: bool, folder: Path) -> None:
+    """In-process engines: decoding at several numbers of streams, and prefill."""
+    for variant in turns(part, variants):
+        how, log = Variant.parse(variant), folder / f"{variant}.log"
+        job = {
+            "model": str(write_dummy(folder / variant, shape, how)),
+            "engine": engine_options(dry_run, max(load["streams"] for load in loads(dry_run))),
+            "loads": loads(dry_run),
+            "rounds": 1 if dry_run else ROUNDS,
+            "prompts": [],
+        }
+        for line in run_worker(part, variant, job, log):
+            if "load" in line:
+                part.figure(variant, line["load"], line["rates"])
+            else:
+                part.add(variant, start_seconds=line["start_seconds"])
+        part.add(variant, checkpoint_gib=how.weight_bytes(shape) / 2**30, weights_gib=weights_gib(log))
+
+
+def served(part: Part, shape: str, variants: list[str], dry_run: bool, folder: Path) -> None:
+    """`vllm serve` measured by `vllm bench serve`: tokens per second and latencies as clients see them."""
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    runs = (("serve x1", 1, 16, 8, 1), ("serve x2", 2, 16, 8, 1)) if dry_run else SERVED
+    options = engine_options(dry_run, max(run[1] for run in runs))
+    arguments = ["--load-format", "dummy", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+    arguments += ["--max-num-seqs", str(options["max_num_seqs"]), "--max-model-len", str(options["max_model_len"])]
+    arguments += (
+        ["--enforce-eager"] if dry_run else ["--gpu-memory-utilization", str(options["gpu_memory_utilization"])]
+    )
+    environment = ENVIRONMENT | cpu_environment()
+    for variant in turns(part, variants):
+        log, begin = folder / f"{variant}.log", time.monotonic()
+        model = write_dummy(folder / variant, shape, Variant.parse(variant))
+        try:
+            with Server(model, log, arguments, environment, start_seconds=max(part.left(), 1)) as server:
+                part.add(variant, start_seconds=time.monotonic() - begin)
+                for name, streams, prompt, tokens, each in runs:
+                    if part.left() < 0:
+                        raise FluteError("out of time while it ran")
+                    result = folder / f"{variant}-{len(part.data['variants'][variant]['figures'])}.json"
+                    command = [vllm, "bench", "serve", "--backend", "vllm", "--base-url", server.url, "--seed", "0"]
+                    command += ["--model", "model", "--tokenizer", str(model), "--dataset-name", "random"]
+                    command += ["--random-input-len", str(prompt), "--random-output-len", str(tokens), "--ignore-eos"]
+                    command += ["--num-prompts", str(streams * each), "--max-concurrency", str(streams)]
+                    command += ["--num-warmups", str(streams), "--disable-tqdm"]
+                    command += ["--save-result", "--result-dir", str(result.parent), "--result-filename", result.name]
+                    bench_log = result.with_suffix(".log")
+                    with open(bench_log, "w") as out:
+                        done = subprocess.run(
+                            command,
+                            stdout=out,
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | environment,
+                            timeout=max(part.left(), 1),
+                        )
+                    if done.returncode or not result.exists():
+                        raise FluteError(f"{name}: {last_error(bench_log)}")
+                    told = json.loads(result.read_text())
+                    kept = ("output_throughput", "total_token_throughput", "median_ttft_ms", "median_tpot_ms")
+                    part.figure(variant, name, {key: told[key] for key in kept})
+        except subprocess.TimeoutExpired:
+            part.add(variant, missing="out of time while it ran")
+        except FluteError as e:
+            part.add(variant, missing=str(e))
+        part.add(variant, weights_gib=weights_gib(log))
+
+
+# ---- text ----
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Hash of a checkpoint's tensors' files, by name."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            total.update(file.name.encode() + hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()
+
+
+def parting(expected: list[dict], found: list[dict]) -> tuple[int, float | None]:
+    """How many of the texts are the same to the token, and the widest gap at which the others part.
+
+    The gap is between the expected run's own log-probabilities of its best token and of the one found: a tie of bf16
+    logits is no error. None where it did not rank the token that was found at all.
+    """
+    same, widest = 0, 0.0
+    for a, b in zip(expected, found, strict=True):
+        at = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y), None)
+        if at is None:
+            same += 1
+            continue
+        top = a["top"][at]
+        if str(b["tokens"][at]) not in top:
+            return same, None
+        widest = max(widest, max(top.values()) - top[str(b["tokens"][at])])
+    return same, widest
+
+
+def text(part: Part, variants: list[str], args, folder: Path) -> None:
+    """Greedy answers of the embedded model, quantized here, against those of the expected file; or write that file."""
+    from vllm_flute.checkpoint import quantize_checkpoint
+
+    expected = json.loads(args.expected.read_text()) if args.expected else {}
+    written = {}
+    for variant in turns(part, variants):
+        how, model = Variant.parse(variant), folder / variant
+        quantize_checkpoint(args.model, model, how.bits, how.group_size, lm_head=how.head)
+        digest = checkpoint_digest(model)
+        job = {
+            "model": str(model),
+            "engine": {"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": args.dry_run},
+            "loads": [],
+            "rounds": 0,
+            "prompts": PROMPTS,
+            "answer_tokens": ANSWER_TOKENS,
+        }
+        answers = [line for line in run_worker(part, variant, job, folder / f"{variant}.log") if "tokens" in line]
+        part.add(variant, digest=digest, answers=answers)
+        if len(answers) < len(PROMPTS):
+            continue
+        written[variant] = {"digest": digest, "answers": answers}
+        if not expected:
+            continue
+        if variant not in expected or expected[variant]["digest"] != digest:
+            part.add(variant, missing=f"{args.expected} is of another checkpoint: write it again from the same --model")
+            continue
+        same, gap = parting(expected[variant]["answers"], answers)
+        part.figure(variant, "same texts", f"{same} of {len(PROMPTS)}")
+        if gap is None or gap > TIE:
+            part.add(variant, missing=f"a text parts where the CPU's tokens are {gap or 'not in its top'} apart")
+    if not expected:
+        path = args.out / "expected.json"
+        path.write_text(json.dumps(written, indent=1))
+        print(f"wrote {path}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "report"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.5, help="time for this part")
+    parser.add_argument("--variants", help="some of the part's, or others: bf16,fp8,flute-4-g64-head,gptq-4-g128,...")
+    parser.add_argument("--model", type=Path, help="text: the bf16 checkpoint")
+    parser.add_argument("--expected", type=Path, help="text: expected.json of a CPU")
+    parser.add_argument("--logs", type=Path, help="keep logs and checkpoints' configurations here")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, few tokens, eager")
+    args = parser.parse_args()
+    if args.part == "report":
+        print(gpu_serving_report.write(args.out))
+        return 0
+    variants = args.variants.split(",") if args.variants else list(PARTS[args.part])
+    try:
+        for variant in variants:
+            Variant.parse(variant)
+        if args.part == "text" and not args.model:
+            raise FluteError("text: --model names the bf16 checkpoint")
+        part = Part(args.part, args.out, args.minutes * 60, args.dry_run)
+    except (FluteError, ValueError) as e:
+        sys.exit(f"gpu_serving: {e}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (args.logs or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = "tiny" if args.dry_run else args.part.partition("-")[0]
+        if args.part == "text":
+            text(part, variants, args, folder)
+        elif args.part == "8b-serve":
+            served(part, shape, variants, args.dry_run, folder)
+        else:
+            offline(part, shape, variants, args.dry_run, folder)
+    print(gpu_serving_report.write(args.out))
+    return int(any("missing" in variant for variant in part.data["variants"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The measuring command for a GPU host: variants, time, what it keeps when an engine fails, and its tables."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_flute.checkpoint import LutConfig
+from vllm_flute.errors import FluteError
+
+LOAD_TESTS = Path(__file__).resolve().parent.parent / "load_tests"
+sys.path.insert(0, str(LOAD_TESTS))
+import gpu_serving  # noqa: E402
+import gpu_serving_report  # noqa: E402
+from gpu_serving_models import SHAPES, Variant, write_dummy  # noqa: E402
+
+# ---- variants ----
+
+
+@pytest.mark.parametrize("part", gpu_serving.PARTS)
+def test_every_part_names_variants(part):
+    for name in gpu_serving.PARTS[part]:
+        how = Variant.parse(name)
+        config = how.quantization_config()
+        assert (config is None) == (how.method == "bf16")
+        if how.method == "flute":
+            lut = LutConfig.from_dict(config)
+            assert (lut.bits, lut.group_size, lut.is_ignored("lm_head")) == (how.bits, how.group_size, not how.head)
+
+
+@pytest.mark.parametrize("name", ["bf8", "flute-4", "flute-4-g64-body", "gguf-4-g32", "flute-4-g64,bf16"])
+def test_an_unknown_variant_is_refused(name):
+    with pytest.raises(ValueError, match="expected bf16, fp8 or"):
+        Variant.parse(name)
+
+
+def test_bytes_of_a_checkpoint():
+    # Meta-Llama-3-8B has 8.03e9 and -70B 70.55e9 parameters (their model cards).
+    assert Variant.parse("bf16").weight_bytes("8b") / 2 == pytest.approx(8.03e9, rel=1e-3)
+    assert Variant.parse("bf16").weight_bytes("70b") / 2 == pytest.approx(70.55e9, rel=1e-3)
+    linear = Variant.parse("bf16").weight_bytes("8b") / 2 - 2 * 128256 * 4096
+    head, body = Variant.parse("flute-4-g128-head"), Variant.parse("flute-4-g128")
+    assert body.weight_bytes("8b") == pytest.approx(linear * 4.125 / 8 + 2 * 2 * 128256 * 4096, abs=1)
+    assert body.weight_bytes("8b") - head.weight_bytes("8b") == pytest.approx(128256 * 4096 * (16 - 4.125) / 8, abs=1)
+
+
+def test_a_dummy_checkpoint_has_a_tokenizer_of_its_whole_vocabulary(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = write_dummy(tmp_path / "tiny", "tiny", Variant.parse("gptq-4-g128-head"))
+    config = AutoConfig.from_pretrained(folder)
+    assert config.model_type == "llama" and config.hidden_size == SHAPES["tiny"]["hidden_size"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [0, 3, 511, 7]
+    assert tokenizer.decode(ids).split() == [f"w{i}" for i in ids]
+    assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
+
+
+# ---- a part: its time, and what it keeps ----
+
+
+@pytest.fixture
+def part(tmp_path):
+    return gpu_serving.Part("8b-4bit", tmp_path / "out", seconds=600, dry_run=True)
+
+
+def on_disk(part) -> dict:
+    return json.loads(part.path.read_text())["variants"]
+
+
+def test_a_result_is_never_overwritten(part):
+    with pytest.raises(FluteError, match=r"8b-4bit\.json exists: choose another --out"):
+        gpu_serving.Part("8b-4bit", part.path.parent, 600, True)
+
+
+def test_figures_are_on_disk_at_once(part, capsys):
+    part.figure("bf16", "decode x1", [1.0])
+    assert on_disk(part)["bf16"]["figures"] == {"decode x1": [1.0]}
+
+
+def test_a_variant_without_time_is_left_out_and_said(part):
+    begun = []
+    for variant in gpu_serving.turns(part, ["a", "b", "c"]):
+        begun.append(variant)
+        part.deadline -= 300 if variant == "a" else 270
+    assert begun == ["a", "b"]
+    assert on_disk(part)["c"]["missing"].startswith("out of time: 30 s were left")
+
+
+FAKE = """
+import json, sys, time, os
+job = json.load(open(sys.argv[1]))
+def write(line):
+    with open(job["out"], "a") as f: print(json.dumps(line), file=f)
+write({"start_seconds": 1.0})
+write({"load": "decode x1", "rates": [10.0]})
+%s
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "seconds", "missing"),
+    [
+        ("", 60, None),
+        ("print('(EngineCore pid=7) ERROR 11-21 18:00:00 [core.py:1] ValueError: no such kernel'); sys.exit(1)", 60, "ValueError: no such kernel"),  # noqa: E501
+        ("open(job['out'] + '.pid', 'w').write(str(os.getpid())); time.sleep(300)", 3, "out of time while it ran"),
+    ],
+)  # fmt: skip
+def test_what_an_engine_measured_survives_its_end(part, monkeypatch, tmp_path, end, seconds, missing):
+    worker, log = tmp_path / "worker.py", tmp_path / "bf16.log"
+    worker.write_text(FAKE % end)
+    monkeypatch.setattr(gpu_serving, "WORKER", worker)
+    part.deadline = time.monotonic() + seconds
+    lines = list(gpu_serving.run_worker(part, "bf16", {"loads": []}, log))
+    assert lines == [{"start_seconds": 1.0}, {"load": "decode x1", "rates": [10.0]}]
+    assert on_disk(part).get("bf16", {}).get("missing") == missing
+    if missing and "time" in missing:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(Path(f"{log.with_suffix('.jsonl')}.pid").read_text()), signal.SIG_DFL)
+
+
+def test_the_line_that_says_why(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO fine\n(EngineCore pid=1) ERROR 11-21 18:00:00 [core.py:10] vllm_flute.errors.FluteError: group size 7\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert gpu_serving.last_error(log) == "vllm_flute.errors.FluteError: group size 7"
+    log.write_text("killed\n")
+    assert gpu_serving.last_error(log) == "no error line"
+
+
+# ---- texts ----
+
+
+def answer(tokens: list[int], *top: dict) -> dict:
+    return {"tokens": tokens, "top": list(top)}
+
+
+def test_texts_may_part_only_at_a_tie():
+    expected = [answer([1, 2, 3], {"1": 0}, {"2": -1.0, "5": -1.25}, {"3": 0}), answer([4], {"4": 0})]
+    assert gpu_serving.parting(expected, expected) == (2, 0.0)
+    tie = [answer([1, 5, 9], {}, {}, {}), answer([4], {})]
+    assert gpu_serving.parting(expected, tie) == (1, 0.25)
+    wrong = [answer([1, 7, 3], {}, {}, {}), answer([4], {})]
+    assert gpu_serving.parting(expected, wrong)[1] is None
+
+
+# ---- tables ----
+
+
+def test_the_table_has_ratios_to_bf16_of_the_same_part_and_what_is_missing(part, capsys):
+    part.data["machine"] = {"gpu": "NVIDIA H200", "vllm": "0.25.1"}
+    part.figure("bf16", "decode x1", [100.0, 90.0, 110.0])
+    part.figure("flute-4-g128", "decode x1", [220.0, 230.0, 900.0])
+    part.figure("flute-4-g128", "decode x8", [800.0])
+    part.add("fp8", missing="ValueError: no such kernel")
+    part.add("bf16", weights_gib=14.96)
+    text = gpu_serving_report.write(part.path.parent)
+    assert "**8b-4bit** (DRY RUN: tiny shapes, no figure counts): NVIDIA H200, vllm 0.25.1" in text
+    assert "| bf16 | 100.0 | - | 14.96 |" in text
+    assert "| flute-4-g128 | 230.0 (2.30x) | 800.0 | - |" in text
+    assert "- fp8: ValueError: no such kernel" in text
+    assert (part.path.parent / "report.md").read_text() == text
+
+
+def test_served_figures_are_compared_by_output_tokens(part, capsys):
+    for name, rate in (("bf16", 50.0), ("flute-4-g128-head", 75.0)):
+        part.figure(name, "serve x1", {"output_throughput": rate, "median_ttft_ms": 1.0})
+    assert "| flute-4-g128-head | 75.0 (1.50x) | - |" in gpu_serving_report.table(part.data)
+
+
+# ---- the command ----
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, LOAD_TESTS / "gpu_serving.py", *args], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["8b-4bit", "--variants", "int4"], "gpu_serving: 'int4': expected bf16, fp8 or"),
+        (["text"], "gpu_serving: text: --model names the bf16 checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, says):
+    done = run(*args, "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.startswith(says) and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.e2e
+def test_a_dry_run_measures_tiny_shapes(tmp_path):
+    """One real engine, in eager mode."""
+    done = run("8b-4bit", "--out", tmp_path / "out", "--dry-run", "--variants", "bf16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out/8b-4bit.json").read_text())
+    assert result["dry_run"] and result["machine"]["vllm"]
+    figures = result["variants"]["bf16"]["figures"]
+    assert list(figures) == ["decode x1", "decode x2", "prefill 64"]
+    assert all(rate > 0 for rates in figures.values() for rate in rates)
+    assert "DRY RUN" in (tmp_path / "out/report.md").read_text()
