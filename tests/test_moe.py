@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import llama_tensors, save_sharded
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_flute import FluteError, LutTensor, quantize
 from vllm_flute.checkpoint import Checkpoint, LutConfig, check_checkpoint, quantize_checkpoint
+from vllm_flute.ops import lut_linear_op
 from vllm_flute.vllm_plugin.config import FluteConfig
 from vllm_flute.vllm_plugin.moe import FluteMoEMethod, _experts_dense, experts_op
 
@@ -116,15 +118,35 @@ def test_experts_are_the_oracles(bits, ranks):
     torch.testing.assert_close(y.double(), oracle(x, share, ids, stored), **FLOAT32)
 
 
+def arguments(layer) -> tuple:
+    """Of the operator, after x, weights and ids."""
+    w13 = layer.w13_weight_packed, layer.w13_headers, layer.w13_bytes
+    return *w13, layer.w2_weight_packed, layer.w2_headers, layer.w2_bytes, 2 * INNER, "silu"
+
+
 @pytest.mark.parametrize("m", [1, 2, 33])
 def test_the_form_for_gpus_gives_the_same(m):
     method, layer = make(config())
     load(layer, tensors())
     method.process_weights_after_loading(layer)
     x, share, ids = routing(m)
-    args = layer.w13_weight_packed, layer.w13_headers, layer.w13_bytes
-    args += layer.w2_weight_packed, layer.w2_headers, layer.w2_bytes, "silu"
+    args = arguments(layer)
     torch.testing.assert_close(_experts_dense(x, share, ids, *args), experts_op(x, share, ids, *args), **FLOAT32)
+
+
+def test_the_form_for_gpus_reads_nothing_on_the_host():
+    """Traced on tensors without data: a host read of one raises, as it would end a graph capture."""
+    method, layer = make(config())
+    load(layer, tensors())
+    method.process_weights_after_loading(layer)
+    on_cpu = layer.w13_headers, layer.w2_headers
+    x, share, ids, *layer_args = (
+        a.to("meta") if isinstance(a, torch.Tensor) and not any(a is h for h in on_cpu) else a
+        for a in (*routing(5), *arguments(layer))
+    )
+    graph = make_fx(lambda x, share, ids: _experts_dense(x, share, ids, *layer_args))(x, share, ids).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called.count(lut_linear_op.default) == 2 * EXPERTS
 
 
 def test_the_operator_is_one_node_of_a_compiled_graph():

@@ -1,16 +1,24 @@
 """The plugin's linear method on vLLM's own layers: loading, sharding and the operator, rank by rank in one process."""
 
+import re
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tolerance import assert_within_bound
+from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
 from vllm_flute import FluteError, LutTensor, quantize
+from vllm_flute.backends import rows as rows_layout
+from vllm_flute.backends import triton
 from vllm_flute.checkpoint import LutConfig
+from vllm_flute.layout import ROWS, Layout
+from vllm_flute.ops import lut_linear_op
 from vllm_flute.vllm_plugin.config import FluteConfig
 from vllm_flute.vllm_plugin.linear import FluteLinearMethod
 
@@ -227,3 +235,59 @@ def test_register_is_idempotent():
     register()
     assert QUANTIZATION_METHODS.count("flute") == 1
     assert get_quantization_config("flute") is FluteConfig
+
+
+def test_a_quantized_head_refuses_lora(ranks):
+    config = VllmConfig()
+    config.lora_config = object()
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(FluteError, match="--enable-lora does not work with a quantized"),
+    ):
+        ranks(1, lambda: vllm_embedding.ParallelLMHead(64, 64, quant_config=flute_config(), prefix="lm_head"))
+
+
+def test_apply_is_one_operator_call(ranks):
+    """Traced on tensors without data: a host read of one raises, as it would end a graph capture."""
+    make = partial(vllm_linear.ReplicatedLinear, 64, 24, **PLAIN, quant_config=flute_config(), prefix="r")
+    (layer,) = ranks(1, make)
+    load(layer, tensor(24, 64))
+    finish(layer)
+    held = SimpleNamespace(weight_packed=layer.weight_packed.to("meta"), header=layer.header, flute_n=layer.flute_n)
+    x, bias = torch.empty(3, 64, device="meta"), torch.empty(24, device="meta")
+    graph = make_fx(lambda x, bias: layer.quant_method.apply(held, x, bias))(x, bias).graph
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [lut_linear_op.default]
+
+
+@pytest.mark.parametrize("m", [1, 2, 300])
+def test_the_triton_backend_reads_no_device_data_on_the_host(monkeypatch, m):
+    """Its launches are left out; the rest of a call runs on tensors without data, whose host read raises."""
+    triton_kernels = pytest.importorskip("vllm_flute.backends.triton_kernels")
+    launched = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(grid)
+
+    for name in ("gemv", "gemm", "add_slices"):
+        monkeypatch.setattr(triton_kernels, name, Launch())
+    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", True)
+    t = tensor(256, 512)
+    header = Layout(ROWS, 4, 64, 512, torch.bfloat16, (256,)).header()
+    packed = rows_layout.pack(t.qweight, t.scales, t.codebook[None], header)
+    y = triton.linear(torch.empty(m, 512, dtype=torch.bfloat16, device="meta"), packed.to("meta"), header, None)
+    assert y.shape == (m, 256) and y.is_meta and launched
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        y.sum().item()
+
+
+def test_native_launches_neither_wait_nor_allocate():
+    """What a CUDA graph cannot capture: waiting for the device, copying to the host, memory outside torch's."""
+    forbidden = re.compile(r"Synchronize\s*\(|DeviceToHost|cudaMalloc|cudaFree|cudaMemcpy\s*\(|cudaMemset\s*\(")
+    root = Path(__file__).resolve().parent.parent / "kernels"
+    sources = [path for path in (*(root / "cuda").iterdir(), *(root / "torch").iterdir()) if path.is_file()]
+    assert len(sources) > 10
+    for path in sources:
+        found = forbidden.search(path.read_text())
+        assert not found, f"{path.name}: {found[0]}"

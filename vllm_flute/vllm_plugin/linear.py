@@ -6,6 +6,7 @@ import torch
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ..checkpoint import LayerSpec
 from ..dispatch import pack_parts
@@ -18,6 +19,16 @@ def is_dummy_load() -> bool:
     """Whether vLLM was asked to leave the weights as they are (``--load-format dummy``)."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def _check_lora(layer: torch.nn.Module, prefix: str) -> None:
+    """vLLM's LoRA logits processor reads the dtype and device of a head's plain weight, which a packed one has not."""
+    config = get_current_vllm_config_or_none()
+    if isinstance(layer, ParallelLMHead) and config is not None and config.lora_config is not None:
+        raise FluteError(
+            f"--enable-lora does not work with a quantized output head ({prefix}): quantize without --lm-head "
+            '(online: without "lm_head")'
+        )
 
 
 class FluteLinearMethod(LinearMethodBase):
@@ -37,6 +48,7 @@ class FluteLinearMethod(LinearMethodBase):
         weight_loader,
         **kwargs,
     ) -> None:
+        _check_lora(layer, self.prefix)
         bits, k, n = self.spec.bits, input_size_per_partition, sum(output_partition_sizes)
         stored_group = self.spec.group_size
         if input_size % stored_group:

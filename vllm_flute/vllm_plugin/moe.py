@@ -20,7 +20,7 @@ from ..checkpoint.quantize import fit_group
 from ..dispatch import pack_parts
 from ..errors import FluteError
 from ..format import PARTS
-from ..layout import ABI, Layout
+from ..layout import ABI
 from ..ops import library, lut_linear_op
 from . import metrics
 from .linear import is_dummy_load
@@ -32,10 +32,11 @@ _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, app
 
 _NAME = f"lut_experts_v{ABI}"
 # x [M, H], weights [M, top_k], ids [M, top_k]; of w13 (gate and up, [2*I, H]) and w2 ([H, I]) packed weights uint8
-# [E, bytes], their headers int64 [E, fields] on the CPU, and how many bytes of each row count -> [M, H] in x's dtype.
+# [E, bytes], their headers int64 [E, fields] on the CPU, and how many bytes of each row count; N, the rows of w13
+# -> [M, H] in x's dtype.
 library.define(
     f"{_NAME}(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w13_headers, int[] w13_bytes, "
-    "Tensor w2, Tensor w2_headers, int[] w2_bytes, str activation) -> Tensor",
+    "Tensor w2, Tensor w2_headers, int[] w2_bytes, SymInt N, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 experts_op = getattr(torch.ops.vllm_flute, _NAME)
@@ -46,9 +47,8 @@ def _experts_fake(x, *args):
     return torch.empty_like(x)
 
 
-def _expert(e: int, x, w13, w13_headers, w13_bytes, w2, w2_headers, w2_bytes, activation: str) -> torch.Tensor:
+def _expert(e: int, x, w13, w13_headers, w13_bytes, w2, w2_headers, w2_bytes, n: int, activation: str) -> torch.Tensor:
     """Expert ``e`` for all rows of x: fp32 ``[M, H]``."""
-    n = Layout.read(w13_headers[e]).n
     gate_up = lut_linear_op(x, w13[e, : w13_bytes[e]], w13_headers[e], None, n, "")
     gate, up = gate_up.float().chunk(2, dim=-1)
     hidden = (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
@@ -200,6 +200,7 @@ class FluteMoEMethod(FusedMoEMethodBase):
             layer.register_parameter(f"{kind}_weight_packed", Parameter(packed, requires_grad=False))
             layer.register_buffer(f"{kind}_headers", headers, persistent=False)
             setattr(layer, f"{kind}_bytes", sizes)
+            setattr(layer, f"{kind}_rows", sum(shards))
             metrics.layer_loaded(f"{self.prefix}.{kind}", self.config, packed, headers[0])
         if packed.is_cuda:
             logger.warning_once(
@@ -211,4 +212,4 @@ class FluteMoEMethod(FusedMoEMethodBase):
     def apply(self, layer, x, topk_weights, topk_ids, *args, **kwargs) -> torch.Tensor:
         w13 = layer.w13_weight_packed, layer.w13_headers, layer.w13_bytes
         w2 = layer.w2_weight_packed, layer.w2_headers, layer.w2_bytes
-        return experts_op(x, topk_weights, topk_ids, *w13, *w2, self.activation)
+        return experts_op(x, topk_weights, topk_ids, *w13, *w2, layer.w13_rows, self.activation)
