@@ -118,20 +118,24 @@ def test_codes_are_those_of_the_offline_quantizer_on_every_rank(set_rank, ranks,
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_head_from_its_own_weight_or_the_embedding(tied):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_head_from_its_own_weight_or_the_embedding(set_rank, tied, ranks):
+    """A vocabulary of 1000 is padded to 1024 rows, half of them on each of two ranks."""
     w = weight(1000, 64)
     make = partial(vllm_embedding.ParallelLMHead, 1000, 64, params_dtype=torch.bfloat16, prefix="lm_head")
-    a, b = make(quant_config=online(lm_head=True)), make(quant_config=offline(4, 64))
-    if tied:
-        embedding = vllm_embedding.VocabParallelEmbedding(1000, 64, params_dtype=torch.bfloat16)
-        a = a.tie_weights(embedding)
-        embedding.weight.weight_loader(embedding.weight, w)
-    else:
-        load(a, {"weight": w})
-    load(b, parts(w, codebook="nf", method="absmax"))
-    assert_same(a, b)
-    if tied:
-        assert torch.equal(embedding.weight[:1000], w)
+    for rank in range(ranks):
+        set_rank(rank, ranks)
+        a, b = make(quant_config=online(lm_head=True)), make(quant_config=offline(4, 64))
+        if tied:
+            embedding = vllm_embedding.VocabParallelEmbedding(1000, 64, params_dtype=torch.bfloat16)
+            a = a.tie_weights(embedding)
+            embedding.weight.weight_loader(embedding.weight, w)
+            before = embedding.weight.clone()
+        else:
+            load(a, {"weight": w})
+        load(b, parts(w, codebook="nf", method="absmax"))
+        assert_same(a, b)
+        assert not tied or torch.equal(embedding.weight, before)
 
 
 def test_a_plain_weight_takes_no_memory_before_it_comes():

@@ -32,7 +32,6 @@ from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from .. import __version__, counters, dispatch
-from ..backends import cpu
 from ..layout import ABI, LAYOUTS, Layout
 
 ENV = "FLUTE_METRICS_DIR"
@@ -93,7 +92,7 @@ class _Worker:
 
 def _table(device: torch.device) -> str:
     """The file name of the measured table that chooses kernels here, or what does without one."""
-    path = cpu.table_path() if dispatch.backend(device.type)[0] is cpu else None
+    path = dispatch.table_path(device.type)
     return path.name if path else "analytic default"
 
 
