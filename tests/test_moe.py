@@ -45,7 +45,7 @@ def tensors(bits: int = 4) -> dict[tuple[int, str], LutTensor]:
 
 def moe_config(rank: int = 0, size: int = 1, **changes) -> SimpleNamespace:
     parallel = SimpleNamespace(tp_rank=rank, tp_size=size, use_ep=changes.pop("use_ep", False))
-    fields = {"activation": MoEActivation.SILU, "has_bias": False, "is_lora_enabled": False}
+    fields = {"activation": MoEActivation.SILU, "has_bias": False, "is_lora_enabled": False, "swiglu_limit": None}
     return SimpleNamespace(moe_parallel_config=parallel, **fields | changes)
 
 
@@ -195,6 +195,7 @@ def test_missing_expert_tensors_are_named():
     [
         ({"has_bias": True}, "a bias"),
         ({"activation": MoEActivation.SWIGLUOAI}, "the activation 'swigluoai'"),
+        ({"swiglu_limit": 7.0}, "a limit on SwiGLU"),
         ({"use_ep": True}, "expert parallelism"),
         ({"is_lora_enabled": True}, "LoRA"),
     ],

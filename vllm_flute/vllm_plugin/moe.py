@@ -93,6 +93,7 @@ class FluteMoEMethod(FusedMoEMethodBase):
         refused = {
             "a bias": moe.has_bias,
             f"the activation {self.activation!r}": self.activation not in _ACTIVATIONS,
+            "a limit on SwiGLU": moe.swiglu_limit is not None,
             "expert parallelism": moe.moe_parallel_config.use_ep,
             "LoRA": moe.is_lora_enabled,
         }
