@@ -1,10 +1,13 @@
 """`vllm-flute bench kernels`, the dispatch table that it writes, the dispatcher that follows it. Asserts no speed."""
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from vllm_flute import FluteError
 from vllm_flute.backends import cpu, table
 from vllm_flute.backends.table import Line, Measurement
 from vllm_flute.cli import main
-from vllm_flute.kernel_bench import candidates, roofline, run, shapes
+from vllm_flute.kernel_bench import candidates, gpu, roofline, run, shapes
 
 # Every installation builds it, on any CPU: without it these tests fail, they do not skip.
 assert not cpu.load(), cpu.load()
@@ -80,9 +83,9 @@ def test_int8_and_peers_never_get_into_a_table(monkeypatch):
     kernels = [KERNELS[0]._replace(name="fp32", arithmetic="fp32"), KERNELS[0]._replace(name="int8", arithmetic="int8")]
     monkeypatch.setattr(cpu, "kernels", lambda: kernels)
     rows = [row("fp32", 100, default=True), row("int8", 1), row("torch", 1, source="torch")]
-    assert [each.seconds for each in run.measurements(rows, "bf16")] == [{"fp32": 100 / 1e6}]
+    assert [each.seconds for each in run.measurements(cpu, rows, "bf16")] == [{"fp32": 100 / 1e6}]
     with pytest.raises(FluteError, match="default's kernel was not measured"):
-        run.measurements(rows[1:], "bf16")
+        run.measurements(cpu, rows[1:], "bf16")
 
 
 def test_ratios_are_to_the_same_shape_kind_and_m():
@@ -240,7 +243,7 @@ def test_a_table_does_not_take_int8_away_from_who_asked_for_it(tmp_path, monkeyp
         cpu.use_table()
         assert not cpu.table_path()
         with pytest.raises(FluteError, match="unset VLLM_FLUTE_ACTIVATIONS"):
-            run.measurements([], "bf16")
+            run.measurements(cpu, [], "bf16")
     finally:
         monkeypatch.undo()
         cpu.use_table()
@@ -254,7 +257,7 @@ def bench(monkeypatch, capsys, tmp_path):
     """bench(*args) runs `vllm-flute bench kernels` in this process: (exit code, stdout, stderr)."""
     monkeypatch.delenv(table.ENV, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(roofline, "roofs", partial(roofline.roofs, 32 << 20, (64,), 0))
+    monkeypatch.setattr(roofline, "roofs", partial(roofline.roofs, nbytes=32 << 20, sizes=(64,), seconds=0))
 
     def call(*args) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vllm-flute", "bench", "kernels", *map(str, args)])
@@ -332,6 +335,8 @@ BAD_INPUT = {
     "half a table": (["--write-table", "--kernels", "reference"], "omit --kernels"),
     "no folder": (["--json", "nowhere/result.json"], "nowhere is not a folder"),
     "rounds": (["--rounds", "0"], "--rounds"),
+    "device": (["--device", "tpu"], "--device 'tpu': expected some of cpu, cuda"),
+    "ternary": (["--device", "cuda", "--bits", "ternary"], "--bits 'ternary': expected some of 2, 3, 4"),
     "library": (["--library", "nothing.so"], "nothing.so does not exist"),
 }
 
@@ -342,6 +347,12 @@ def test_bad_input_is_one_line(bench, case):
     code, _, err = bench("--shapes", "16x64", "--seconds", 0, "--rounds", 1, "--copies-mb", 1, "--bits", "4", *args)
     last = err.strip().splitlines()[-1]
     assert code == 1 and last.startswith("vllm-flute: error: ") and message in last and "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(bench):
+    code, _, err = bench("--device", "cuda")
+    assert code == 1 and "--device cuda: torch finds no GPU" in err and "Traceback" not in err
 
 
 def test_shapes_of_models():
@@ -368,3 +379,67 @@ def test_copies_fill_the_memory_that_was_asked_for():
     assert candidates.Rotation(None).count(100) == 1
     assert candidates.Rotation(1000).count(100) == 10
     assert candidates.Rotation(1000).count(10_000) == 2
+
+
+class FakeCuda:
+    """What gpu.py uses of torch.cuda, with a clock that calls advance; a graph replays what it saw."""
+
+    def __init__(self):
+        self.now, self.captured = 0.0, None
+
+    def work(self, milliseconds: float):
+        if self.captured is not None:
+            self.captured.append(milliseconds)
+        else:
+            self.now += milliseconds
+
+    def install(self, monkeypatch):
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                fake.now += sum(self.calls)
+
+        @contextlib.contextmanager
+        def graph(target):
+            fake.captured = []
+            yield
+            target.calls, fake.captured = fake.captured, None
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        replaced = {"Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda: stream}
+        replaced |= {"current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext()}
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_turn_on_a_gpu_is_a_replayed_graph(monkeypatch):
+    fake, seen = FakeCuda(), []
+    fake.install(monkeypatch)
+
+    def call(x, copy):
+        seen.append(copy)
+        fake.work(0.5)
+        return x * 2
+
+    copies = itertools.cycle("abc")
+    candidate = gpu.GraphCandidate("mma", "flute", 100, call, copies, torch.float32)
+    x = torch.arange(4.0)
+    assert torch.equal(candidate.prepare(x), x * 2)
+    calls = candidates.calls_for(0.5e-3)
+    assert calls > 1 and seen == [copy for copy, _ in zip(itertools.cycle("abc"), range(3 + calls), strict=False)]
+    assert candidate.turn() == pytest.approx([0.5e-3])
+    assert len(seen) == 3 + calls  # a turn runs nothing on the host

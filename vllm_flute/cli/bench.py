@@ -112,13 +112,14 @@ def _print(rows, baselines: list[str], notes: list[str]) -> None:
 
 @app.command()
 def kernels(
-    bits: Annotated[str, typer.Option(help="Kinds of weights: ternary, 2, 3, 4.")] = "ternary,2,3,4",
+    bits: Annotated[str, typer.Option(help="Kinds of weights: ternary (on a CPU), 2, 3, 4; all, if not given.")] = None,
     tokens: Annotated[str, typer.Option(help="Tokens in a call (M).")] = "1,4,8,16,32,64,128,512",
     shapes: Annotated[
         str, typer.Option(help="NxK, or a model's distinct shapes: llama-3-8b, llama-3.2-1b, smollm2-135m.")
     ] = "4096x4096",
     group_size: Annotated[int, typer.Option(help="Weights to a scale.")] = 64,
     dtype: Annotated[str, typer.Option(help="Activations of our kernels: bf16, fp16, fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda: whose kernels.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of everybody; 0: as torch finds them.")] = 0,
     cold: Annotated[
         bool, typer.Option("--cold/--warm", help="Weights from memory, by rotating over copies; or one copy.")
@@ -135,11 +136,12 @@ def kernels(
     json_out: Annotated[Path, typer.Option("--json", help="Also write everything to this file.")] = None,
     plot: Annotated[Path, typer.Option(help="Draw the roofline to this PNG.")] = None,
     write_table: Annotated[
-        bool, typer.Option("--write-table", help="Let the dispatcher of this machine choose by these figures.")
+        bool,
+        typer.Option("--write-table", "--tune", help="Let the dispatcher of this machine choose by these figures."),
     ] = False,
     library: Annotated[Path, typer.Option(help="A build of our library other than the installed one.")] = None,
 ) -> None:
-    """One linear layer: every applicable CPU kernel beside its peers, in one process, taking turns; medians.
+    """One linear layer: every applicable kernel beside its peers, in one process, taking turns; medians.
 
     Lists are separated by commas. '*' is the dispatcher's choice; GB/s counts packed bytes; 'x torch bf16' is torch's
     time over the row's.
@@ -158,10 +160,12 @@ def kernels(
     for path in (json_out, plot):
         if path and not path.parent.is_dir():
             raise FluteError(f"{path} cannot be written: {path.parent} is not a folder")
+    device = _choices("--device", device, ("cpu", "cuda"))[0]
+    kinds = run.KINDS if device == "cpu" else run.GPU_KINDS
     libraries = _libraries(peer)
     settings = run.Settings(
         shapes=known_shapes.parse(shapes),
-        kinds=_choices("--bits", bits, run.KINDS),
+        kinds=_choices("--bits", bits, kinds) if bits else kinds,
         tokens=_tokens(tokens),
         group_size=group_size,
         dtype=_choices("--dtype", dtype, run.DTYPES)[0],
@@ -172,6 +176,7 @@ def kernels(
         libraries=libraries,
         rounds=rounds,
         seconds=seconds,
+        device=device,
     )
     if plot:
         roofline.check()
@@ -189,15 +194,20 @@ def kernels(
         benchmark = run.Benchmark(settings, status.update)
         baselines = list(baseline) or ([run.TORCH] if settings.wants("torch") else [])
         benchmark.check_baselines(baselines)
-        limits = roofline.roofs()
+        limits = roofline.roofs(device)
         rows = benchmark.run()
     run.add_ratios(rows, baselines)
     limits["bf16_gops"] = max([limits["bf16_gops"], *(row.gops for row in rows if row.name == run.TORCH)])
     facts = run.facts(settings, limits)
     machine, versions = facts["machine"], facts["versions"]
     state = f"cold ({settings.copies_mb} MiB of copies, less where memory is short)" if cold else "warm (one copy)"
+    where = (
+        f"{machine['cpu']}, isa {machine['isa']}, {machine['threads']} threads"
+        if device == "cpu"
+        else (f"{machine['gpu']}, {machine['isa']}, {machine['multiprocessors']} multiprocessors")
+    )
     notes = [
-        f"{machine['cpu']}, isa {machine['isa']}, {machine['threads']} threads, activations {dtype}, weights {state}; "
+        f"{where}, activations {dtype}, weights {state}; "
         f"reads {limits['read_gbs']:.1f} GB/s, torch bf16 matmul {limits['bf16_gops']:.0f} GOP/s",
         ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         f"* chosen by {machine['table'] or 'the analytic default'}",
@@ -213,7 +223,7 @@ def kernels(
         }
         json_out.write_text(json.dumps(result, indent=1) + "\n")
     if plot:
-        title = f"{machine['cpu']}, {machine['threads']} threads, {'cold' if cold else 'warm'} weights"
+        title = f"{where}, {'cold' if cold else 'warm'} weights"
         roofline.plot(plot, rows, limits, title)
     if write_table:
-        print(f"dispatch table: {run.write_table(rows, settings.dtype)}")
+        print(f"dispatch table: {run.write_table(device, rows, settings.dtype)}")

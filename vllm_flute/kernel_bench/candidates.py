@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.nn.functional import linear
 
-from .. import ops
-from ..backends import cpu
+from .. import dispatch, ops
 from ..dispatch import pack_parts
 from ..errors import FluteError
 from ..format import LutTensor
@@ -95,8 +94,8 @@ class Rotation:
 # ---- weights ----
 
 
-def random_weight(kind: str, n: int, k: int, group_size: int) -> LutTensor:
-    """``[n, k]`` of a kind, with a random codebook; ternary: -1, 0, 1 and one scale a row, as all peers can hold."""
+def random_weight(kind: str, n: int, k: int, group_size: int, device: str = "cpu") -> LutTensor:
+    """``[n, k]`` with a random codebook; ternary: -1, 0, 1 and one scale a row, as all peers can hold."""
     ternary = kind == "ternary"
     group_size = k if ternary else group_size
     bits = 2 if ternary else int(kind)
@@ -107,14 +106,14 @@ def random_weight(kind: str, n: int, k: int, group_size: int) -> LutTensor:
         scales, codebook = torch.ones(n, k // group_size), torch.tensor([-1.0, 0.0, 1.0, 1.0])
     else:
         scales, codebook = torch.rand(n, k // group_size) * 0.1 + 0.05, torch.randn(2**bits).sort().values
-    return LutTensor.from_codes(codes, scales.to(torch.bfloat16), codebook)
+    return LutTensor.from_codes(codes.to(device), scales.to(device, torch.bfloat16), codebook.to(device))
 
 
 # ---- ours and torch's ----
 
 
-def ours(names: Iterable[str], t: LutTensor, dtype: torch.dtype, rotation: Rotation):
-    """The kernels of these names on one weight: (header, candidates). They read the same copies."""
+def ours(names: Iterable[str], t: LutTensor, dtype: torch.dtype, rotation: Rotation, make: type[Candidate] = Candidate):
+    """The kernels of these names on one weight, on its device: (header, candidates). They read the same copies."""
     parts = t.qweight, t.scales, t.codebook[None], t.group_size, [t.shape[0]]
     packed, header = pack_parts(*parts)
     # Packed one by one, as layers are: only packing asks for memory in huge pages.
@@ -124,14 +123,15 @@ def ours(names: Iterable[str], t: LutTensor, dtype: torch.dtype, rotation: Rotat
         def call(x, copy):
             return ops.lut_linear_op(x, copy, header, None, t.shape[0], name)
 
-        arithmetic = next(kernel.arithmetic for kernel in cpu.kernels() if kernel.name == name)
-        return Candidate(name, "flute", packed.numel(), call, copies, dtype, arithmetic)
+        kernels = dispatch.kernels(t.qweight.device.type)
+        arithmetic = next(kernel.arithmetic for kernel in kernels if kernel.name == name)
+        return make(name, "flute", packed.numel(), call, copies, dtype, arithmetic)
 
     return header, [candidate(name) for name in names]
 
 
-def torch_bf16(weight: torch.Tensor, rotation: Rotation) -> Candidate:
+def torch_bf16(weight: torch.Tensor, rotation: Rotation, make: type[Candidate] = Candidate) -> Candidate:
     """``torch.nn.functional.linear`` in bfloat16; weight fp32 ``[N, K]``."""
     dense = weight.bfloat16()
     size = dense.numel() * 2
-    return Candidate(TORCH, "torch", size, linear, rotation.of(dense.clone, size), torch.bfloat16)
+    return make(TORCH, "torch", size, linear, rotation.of(dense.clone, size), torch.bfloat16)

@@ -18,29 +18,38 @@ _COLORS = {"ternary": "tab:red", "2": "tab:orange", "3": "tab:green", "4": "tab:
 _PEERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p", "d")
 
 
-def _fastest(run, seconds: float) -> float:
-    """The least time of a call, from at least three."""
+def _fastest(run, seconds: float, wait=lambda: None) -> float:
+    """The least time of a call and what it waits for, from at least three."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
-def roofs(nbytes: int = 1 << 30, sizes: tuple[int, ...] = (1024, 2048), seconds: float = 0.5) -> dict[str, float]:
-    """{"read_gbs": GB/s of summing float32 from memory, "bf16_gops": GOP/s of torch's fastest bf16 matmul of size^3}.
+def roofs(
+    device: str, nbytes: int = 1 << 30, sizes: tuple[int, ...] = (1024, 2048, 8192), seconds: float = 0.5
+) -> dict[str, float]:
+    """{"read_gbs": GB/s from memory, "bf16_gops": GOP/s of torch's fastest bf16 matmul of size^3}.
 
-    Memory is read in pieces of a layer's size that rotate over ``nbytes``, far more than a cache holds: on a busy
-    machine a piece may be undisturbed where all of it never is.
+    A CPU sums float32 in pieces of a layer's size that rotate over ``nbytes``, far more than a cache holds: on a busy
+    machine a piece may be undisturbed where all of it never is. A GPU copies ``nbytes``, read and written.
     """
-    pieces = itertools.cycle(torch.ones(nbytes // 4).split(_PIECE // 4))
-    reads = _PIECE / _fastest(lambda: next(pieces).sum(), seconds)
+    if device == "cuda":
+        source, target = (torch.ones(nbytes // 4, device=device) for _ in range(2))
+        reads = 2 * nbytes / _fastest(lambda: target.copy_(source), seconds, torch.cuda.synchronize)
+        wait = torch.cuda.synchronize
+    else:
+        pieces = itertools.cycle(torch.ones(nbytes // 4).split(_PIECE // 4))
+        reads = _PIECE / _fastest(lambda: next(pieces).sum(), seconds)
+        sizes, wait = [size for size in sizes if size < 4096], lambda: None  # a larger one takes seconds
     gops = []
     for size in sizes:
-        a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
-        gops.append(2 * size**3 / _fastest(functools.partial(torch.nn.functional.linear, a, b), seconds))
+        a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+        gops.append(2 * size**3 / _fastest(functools.partial(torch.nn.functional.linear, a, b), seconds, wait))
     return {"read_gbs": reads / 1e9, "bf16_gops": max(gops) / 1e9}
 
 

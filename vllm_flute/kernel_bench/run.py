@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from .. import __version__
-from ..backends import cpu, table
+from .. import __version__, dispatch
+from ..backends import cpu, cuda, table
 from ..errors import FluteError
-from . import candidates, ggml
+from . import candidates, ggml, gpu
 
-KINDS = tuple(table.KINDS)
+KINDS = list(table.KINDS)
+GPU_KINDS = [kind for kind in KINDS if kind != "ternary"]  # whose kernels have it as 2 bits
 TORCH = candidates.TORCH
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # torch's OpenMP threads spin before they sleep: 300,000 pauses in libgomp, some 15 ms on the slowest CPUs.
@@ -44,6 +45,7 @@ class Settings:
     libraries: dict[str, Path] = dataclasses.field(default_factory=dict)
     rounds: int = 60
     seconds: float = 4.0
+    device: str = "cpu"  # or "cuda"
 
     def wants(self, source: str) -> bool:
         return self.peers is None or source in self.peers
@@ -76,13 +78,19 @@ class Row:
         return f"{self.n}x{self.k}"
 
 
-def kernel_names(asked: list[str] | None) -> list[str]:
-    """The kernels to time; raises FluteError for one that is not known or does not run here."""
-    if why := cpu.load():
-        raise FluteError(why)
-    if error := cpu.describe()["error"]:
-        raise FluteError(error)
-    known = {kernel.name: kernel for kernel in cpu.kernels()}
+def native(device: str):
+    """The backend of a device, "cpu" or "cuda"; raises FluteError where it is not of native kernels."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FluteError("--device cuda: torch finds no GPU")
+    module, why = dispatch.backend(device)
+    if module not in (cpu, cuda):
+        raise FluteError(f"native kernels are what is timed, and {device} has none: {why}")
+    return module
+
+
+def kernel_names(module, asked: list[str] | None) -> list[str]:
+    """The kernels of a backend to time; raises FluteError for one that is not known or does not run here."""
+    known = {kernel.name: kernel for kernel in module.kernels()}
     for name in asked or ():
         if name not in known:
             raise FluteError(f"--kernels: unknown kernel {name!r} (known: {', '.join(known)})")
@@ -114,14 +122,22 @@ class Benchmark:
 
     def __init__(self, settings: Settings, progress: Callable[[str], None] = lambda line: None):
         self.settings, self.progress = settings, progress
-        self.names = kernel_names(settings.kernels)
+        self.module = native(settings.device)
+        self.names = kernel_names(self.module, settings.kernels)
         self.rows: list[Row] = []
         self.absent: dict[str, str] = {}
         wanted = {name: path for name, path in settings.libraries.items() if settings.wants(name)}
         self.libraries = [ggml.Library(name, path) for name, path in wanted.items()]
+        self.vllm = None
+        if settings.device == "cuda":
+            if wanted:
+                raise FluteError("--peer: these libraries multiply on the CPU, and --device is cuda")
+            self.absent["vLLM's matmuls"] = "kernels/benchmarks/gpu measures them"
+            return
         if not self.libraries:
             self.absent["llama.cpp"] = "no --peer ggml=PATH (kernels/benchmarks/ggml_peer/build.py builds it)"
-        self.vllm = self._vllm() if settings.wants("vllm") else None
+        if settings.wants("vllm"):
+            self.vllm = self._vllm()
 
     def _vllm(self):
         try:
@@ -160,18 +176,19 @@ class Benchmark:
     def _enter(self, kind: str, n: int, k: int):
         """(header, candidates, fp32 weight [N, K]) of one shape and kind."""
         s = self.settings
-        t = candidates.random_weight(kind, n, k, s.group_size)
+        t = candidates.random_weight(kind, n, k, s.group_size, s.device)
         weight = t.dequantize(torch.float32)
         matmuls = self.vllm.MATMULS[kind] if self.vllm else {}
         types = [(library, name) for library in self.libraries for name in library.types(kind)]
         sets = 2 + len(matmuls) + len(types)
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available if s.device == "cpu" else torch.cuda.mem_get_info()[0]
         self._rotation = rotation = candidates.Rotation(
             min(s.copies_mb << 20, int(free * 0.6) // sets) if s.cold else None
         )
-        header, entrants = candidates.ours(self.names, t, DTYPES[s.dtype], rotation)
+        make = candidates.Candidate if s.device == "cpu" else gpu.GraphCandidate
+        header, entrants = candidates.ours(self.names, t, DTYPES[s.dtype], rotation, make)
         if s.wants("torch"):
-            entrants.append(candidates.torch_bf16(weight, rotation))
+            entrants.append(candidates.torch_bf16(weight, rotation, make))
         for name, prepare in matmuls.items():
             try:
                 size, build = prepare(weight, s.group_size)
@@ -192,7 +209,7 @@ class Benchmark:
 
     def _compete(self, kind, n, k, m, header, entrants, weight) -> list[Row]:
         s = self.settings
-        x = torch.randn(m, k).bfloat16().float()  # the same values in every dtype
+        x = torch.randn(m, k, device=s.device).bfloat16().float()  # the same values in every dtype
         expected = x[:CHECKED_TOKENS] @ weight.t()
         ready, errors = [], {}
         pool = candidates.OPENMP
@@ -208,7 +225,7 @@ class Benchmark:
             errors[candidate.name] = float((y - expected).norm() / expected.norm())
             ready.append(candidate)
         dtype = DTYPES[s.dtype]
-        chosen, default = cpu.choose(header, m, dtype), cpu.default_choice(header, m, dtype)
+        chosen, default = self.module.choose(header, m, dtype), self.module.default_choice(header, m, dtype)
         times = measure(ready, s.rounds, s.seconds)
         rows = []
         for candidate in ready:
@@ -246,10 +263,10 @@ def add_ratios(rows: list[Row], baselines: list[str]) -> None:
                 row.ratio[baseline] = base / row.us
 
 
-def measurements(rows: list[Row], dtype: str) -> list[table.Measurement]:
-    """What backends/table.py derives a table from: our kernels, but none that changes results."""
-    arithmetic = {kernel.name: kernel.arithmetic for kernel in cpu.kernels()}
-    if cpu.describe().get("activations") == "int8":
+def measurements(module, rows: list[Row], dtype: str) -> list[table.Measurement]:
+    """What backends/table.py derives a table from: a backend's kernels, but none that changes results."""
+    arithmetic = {kernel.name: kernel.arithmetic for kernel in module.kernels()}
+    if module.describe().get("activations") == "int8":
         raise FluteError("--write-table: a table holds no int8 kernels: unset VLLM_FLUTE_ACTIVATIONS")
     found: dict[tuple, table.Measurement] = {}
     for row in rows:
@@ -268,11 +285,12 @@ def measurements(rows: list[Row], dtype: str) -> list[table.Measurement]:
     return list(found.values())
 
 
-def write_table(rows: list[Row], dtype: str) -> Path:
+def write_table(device: str, rows: list[Row], dtype: str) -> Path:
     """Write this machine's table; lines of kinds and dtypes that were not measured now stay. Returns its path."""
-    on, names = cpu.machine(), [kernel.name for kernel in cpu.kernels()]
+    module = native(device)
+    on, names = module.machine(), [kernel.name for kernel in module.kernels()]
     path = table.default_path(on)
-    lines = table.derive(measurements(rows, dtype))
+    lines = table.derive(measurements(module, rows, dtype))
     measured = {(line.kind, line.dtype) for line in lines}
     with contextlib.suppress(FluteError):  # there is none, or none that says anything
         lines += [line for line in table.read(path, on, names) if (line.kind, line.dtype) not in measured]
@@ -292,9 +310,10 @@ def _version(distribution: str) -> str | None:
 
 def facts(settings: Settings, roofs: dict[str, float]) -> dict:
     """Machine, versions and settings, as the JSON has them."""
-    used = cpu.table_path()
+    module = native(settings.device)
+    used = module.table_path()
     return {
-        "machine": cpu.machine()
+        "machine": module.machine()
         | {"cores": len(os.sched_getaffinity(0)), "memory_bytes": psutil.virtual_memory().total}
         | {"table": str(used) if used else None},
         "versions": {"vllm-flute": __version__, "torch": torch.__version__, "vllm": _version("vllm")},
