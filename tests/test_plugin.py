@@ -10,6 +10,7 @@ import torch
 from tolerance import assert_within_bound
 from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
@@ -291,3 +292,11 @@ def test_native_launches_neither_wait_nor_allocate():
     for path in sources:
         found = forbidden.search(path.read_text())
         assert not found, f"{path.name}: {found[0]}"
+
+
+def test_lora_finds_the_device_of_a_packed_layer(ranks):
+    make = partial(vllm_linear.ReplicatedLinear, 64, 24, **PLAIN, quant_config=flute_config(), prefix="r")
+    (layer,) = ranks(1, make)
+    load(layer, tensor(24, 64))
+    finish(layer)
+    assert _get_lora_device(layer) == torch.device("cpu")

@@ -91,6 +91,10 @@ class FluteConfig(QuantizationConfig):
             return None if self.lut.is_ignored(prefix) else method(self.layer_spec(prefix), self, prefix)
         if isinstance(layer, LinearBase):
             spec = self.layer_spec(prefix)
+            if spec is None and self.online:
+                logger.warning_once(
+                    "online quantization leaves layers called %s as they are", prefix.rpartition(".")[2]
+                )
             return method(spec, self, prefix) if spec else UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
             return self._moe_method(layer, prefix)
