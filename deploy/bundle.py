@@ -57,7 +57,6 @@ LEFT_OUT = {
     "flashinfer-cubin": "hundreds: flashinfer's kernels",
     "nvidia-cutlass-dsl": "kernels for capability 10",
     "nvidia-cudnn-frontend": "flashinfer's",
-    "apache-tvm-ffi": "flashinfer's and tilelang's",
     "tilelang": "kernels of DeepSeek and Qwen-Next models",
     "quack-kernels": "kernels for capability 10",
     "tokenspeed-mla": "multi-head latent attention",
@@ -81,6 +80,9 @@ LEFT_OUT = {
     "fastapi-cli": "fastapi's command line",
     "fastar": "fastapi's command line",
 }
+
+# vLLM pins these for kernels that are left out; xgrammar, which travels, needs a newer one than that.
+UNPINNED = {"apache-tvm-ffi"}
 
 # Distributions that others are compiled against: a second copy beside the host's own would break it.
 HOST_ONLY = re.compile(r"torch|torchvision|triton|numpy|nvidia-.*|cuda-.*")
@@ -211,7 +213,8 @@ def resolve(roots: list[Path], wheels: Wheels, progress=print) -> tuple[dict[str
             name = canonicalize_name(requirement.name)
             if name in LEFT_OUT and name not in target.have:
                 continue
-            ranges[name] = ranges.get(name, SpecifierSet()) & requirement.specifier
+            specifier = SpecifierSet() if by == "vllm" and name in UNPINNED else requirement.specifier
+            ranges[name] = ranges.get(name, SpecifierSet()) & specifier
             here = target.have.get(name)
             if name not in fixed and here and ranges[name].contains(here, prereleases=True):
                 relied[name] = here

@@ -119,24 +119,26 @@ def install(target: Path) -> None:
         record()
         stash.mkdir(exist_ok=True)
         missing = collect_parts(manifest, stash)
+        ready = {}
         for unit in manifest["units"]:
             # pip reads a wheel's name.
             plain = stash / (unit["file"] if unit["kind"] == "wheel" else f"{unit['file']}.tar")
-            if unit["file"] in installed or not unpack(manifest, unit, stash, plain):
-                continue
-            if unit["kind"] == "tar":
-                with tarfile.open(plain) as tar:
+            if unit["file"] not in installed and unpack(manifest, unit, stash, plain):
+                ready[unit["file"]] = plain
+        if wheels := [str(path) for path in ready.values() if path.suffix == ".whl"]:
+            command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps"]
+            command += ["--no-compile", "--quiet", "--disable-pip-version-check", "--ignore-installed", *wheels]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise InstallError(f"pip did not install the wheels: {done.stderr.strip()[-500:]}")
+        for path in ready.values():
+            if path.suffix == ".tar":
+                with tarfile.open(path) as tar:
                     tar.extractall(target, filter="data")
-            else:
-                command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps"]
-                command += ["--no-compile", "--quiet", "--disable-pip-version-check", "--ignore-installed", str(plain)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise InstallError(f"pip did not install {unit['file']}: {done.stderr.strip()[-500:]}")
-            plain.unlink()
-            installed.append(unit["file"])
-            record()
-            print(f"{len(installed)}/{len(manifest['units'])} {unit['file']}", flush=True)
+            path.unlink()
+        installed += ready
+        record()
+        print(f"{len(installed)} of {len(manifest['units'])} packages and folders are installed", flush=True)
         if missing:
             raise InstallError(f"not complete yet: copy {', '.join(missing)} beside this file and run it again")
         shutil.rmtree(stash)

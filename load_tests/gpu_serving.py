@@ -1,12 +1,13 @@
 """Serving on one GPU, measured part by part: bf16, this project and vLLM's own quantizations side by side.
 
-    python load_tests/gpu_serving.py PART --out DIR [--minutes 8.5] [--model BF16 --expected FILE] [--dry-run]
+    python load_tests/gpu_serving.py PART --out DIR [--minutes 8.5] [--model MODEL --expected FILE] [--dry-run]
     python load_tests/gpu_serving.py report --out DIR
 
-`text`: the quantized embedded model (--model, a bf16 checkpoint) answers as on the CPU, where `text --out DIR` without
---expected wrote DIR/expected.json. `8b-*` and `70b`: LLaMA-3 shapes with dummy weights, in-process engines; every part
-measures bf16 anew, and ratios are to that. `8b-serve`: `vllm serve` and `vllm bench serve`. A part ends in time, writes
-DIR/PART.json after every figure and says why a variant is missing. `--dry-run` takes tiny shapes and says so.
+`text`: the embedded model (--model: bf16 and quantized here, or quantized already) answers as on the CPU, where the
+same command without --expected wrote DIR/expected.json. `8b-*` and `70b`: LLaMA-3 shapes with dummy weights, in-process
+engines; every part measures bf16 anew, and ratios are to that. `8b-serve`: `vllm serve` and `vllm bench serve`. A part
+ends in time, writes DIR/PART.json after every figure and says why a variant is missing. `--dry-run` takes tiny shapes
+and says so.
 """
 
 import argparse
@@ -45,11 +46,13 @@ PARTS = {
     # bf16 is larger than one GPU's memory.
     "70b": ("flute-4-g128-head", "flute-3-g128-head", "gptq-4-g128-head", "fp8"),
 }
-# vLLM's CUDA wheel compiles nothing for these at start where the bundle left flashinfer out (deploy/bundle.py).
+# vLLM 0.25.1 samples with flashinfer unless told; the offline bundle leaves it out (deploy/bundle.py).
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 # A variant that has less time than this is not begun: an engine's start alone takes most of it.
 LEAST_SECONDS = 45
 
+# The one variant of `text` where --model is quantized already.
+STORED = "stored"
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -299,8 +302,10 @@ def text(part: Part, variants: list[str], args, folder: Path) -> None:
     expected = json.loads(args.expected.read_text()) if args.expected else {}
     written = {}
     for variant in turns(part, variants):
-        how, model = Variant.parse(variant), folder / variant
-        quantize_checkpoint(args.model, model, how.bits, how.group_size, lm_head=how.head)
+        model = args.model
+        if variant != STORED:
+            how, model = Variant.parse(variant), folder / variant
+            quantize_checkpoint(args.model, model, how.bits, how.group_size, lm_head=how.head)
         digest = checkpoint_digest(model)
         job = {
             "model": str(model),
@@ -336,7 +341,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.5, help="time for this part")
     parser.add_argument("--variants", help="some of the part's, or others: bf16,fp8,flute-4-g64-head,gptq-4-g128,...")
-    parser.add_argument("--model", type=Path, help="text: the bf16 checkpoint")
+    parser.add_argument("--model", type=Path, help="text: a checkpoint, bf16 or quantized")
     parser.add_argument("--expected", type=Path, help="text: expected.json of a CPU")
     parser.add_argument("--logs", type=Path, help="keep logs and checkpoints' configurations here")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, few tokens, eager")
@@ -348,8 +353,11 @@ def main() -> int:
     try:
         for variant in variants:
             Variant.parse(variant)
-        if args.part == "text" and not args.model:
-            raise FluteError("text: --model names the bf16 checkpoint")
+        if args.part == "text":
+            if not args.model or not (args.model / "config.json").is_file():
+                raise FluteError("text: --model names a checkpoint, bf16 or quantized")
+            if "quantization_config" in json.loads((args.model / "config.json").read_text()):
+                variants = [STORED]
         part = Part(args.part, args.out, args.minutes * 60, args.dry_run)
     except (FluteError, ValueError) as e:
         sys.exit(f"gpu_serving: {e}")

@@ -81,6 +81,20 @@ def test_what_the_host_has_stays_there_and_the_rest_travels(bundle, wheels, tmp_
     assert relied == {"torch": "2.11.0+cu130", "on-host": "1.5"}
 
 
+def test_a_pin_for_what_is_left_out_does_not_bind(bundle, wheels, tmp_path):
+    folder = tmp_path / "wheels"
+    root = make_wheel(folder, "vllm", "1", ["apache-tvm-ffi==0.1.9", "xgrammar", "flashinfer-python"])
+    make_wheel(folder, "xgrammar", "1", ["apache-tvm-ffi>=0.1.11"])
+    for version in ("0.1.9", "0.1.15"):
+        make_wheel(folder, "apache_tvm_ffi", version)
+    chosen, _ = bundle.resolve([root], wheels({}))
+    assert sorted(path.name for path in chosen.values()) == [
+        "apache_tvm_ffi-0.1.15-py3-none-any.whl",
+        "vllm-1-py3-none-any.whl",
+        "xgrammar-1-py3-none-any.whl",
+    ]
+
+
 def test_a_second_torch_never_travels(bundle, wheels, tmp_path):
     root = make_wheel(tmp_path / "wheels", "root", "1", ["torch==2.11.0"])
     make_wheel(tmp_path / "wheels", "torch", "2.11.0")

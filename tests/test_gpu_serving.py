@@ -186,7 +186,7 @@ def run(*args) -> subprocess.CompletedProcess:
     ("args", "says"),
     [
         (["8b-4bit", "--variants", "int4"], "gpu_serving: 'int4': expected bf16, fp8 or"),
-        (["text"], "gpu_serving: text: --model names the bf16 checkpoint"),
+        (["text"], "gpu_serving: text: --model names a checkpoint, bf16 or quantized"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, says):
