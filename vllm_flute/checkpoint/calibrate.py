@@ -19,10 +19,15 @@ _DTYPE = torch.bfloat16
 def calibration_tokens(source: Checkpoint, text: str | Path, count: int) -> torch.Tensor:
     """The first ``count`` tokens of a UTF-8 file as int64 ``[sequences, length]``, less those that fill no sequence.
 
-    Raises FluteError for a text that is too short, or a checkpoint without a tokenizer.
+    Raises FluteError for a text that is too short, a checkpoint without a tokenizer, or layers that are not LLaMA's.
     """
     from transformers import AutoTokenizer
 
+    if source.config.get("model_type") != "llama":
+        raise FluteError(
+            f"calibration runs LLaMA's layers, {source.path} has model_type "
+            f"{source.config.get('model_type')!r}: quantize it without --calibrate"
+        )
     try:
         body = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -52,20 +57,12 @@ class Calibration:
         tokens: int64 ``[sequences, length]``.
         final: the weights of a decoder layer that is done, by index.
         full: whole matrices of second moments ``[K, K]``; otherwise their diagonals ``[K]``.
-
-    Raises:
-        FluteError: a model whose layers are not LLaMA's.
     """
 
     def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool):
         from transformers import AutoConfig
         from transformers.models.llama import modeling_llama
 
-        if source.config.get("model_type") != "llama":
-            raise FluteError(
-                f"calibration runs LLaMA's layers, {source.path} has model_type "
-                f"{source.config.get('model_type')!r}: quantize it without --calibrate"
-            )
         self.source, self.final, self.full = source, final, full
         self.config = AutoConfig.from_pretrained(source.path)
         self.config._attn_implementation = "sdpa"

@@ -55,13 +55,13 @@ def quantize(
     codebook: Annotated[
         str,
         typer.Option(
-            help="lloyd-max, nf, fp4 (4 bits), int, ternary (2 bits), fitted (a table for each "
-            "layer), or a JSON file with a list of numbers.",
+            help="nf (default of absmax), lloyd-max (default of other methods), fp4 (4 bits), int, ternary (2 bits), "
+            "fitted (a table for each layer), or a JSON file with a list of numbers.",
         ),
-    ] = "lloyd-max",
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="scale-search (least squared error), gptq (with --calibrate) or absmax (fast).")
-    ] = "scale-search",
+        str, typer.Option(help="absmax (default), scale-search, or gptq (default with --calibrate).")
+    ] = None,
     calibrate: Annotated[
         Path, typer.Option(metavar="TEXT", help="UTF-8 text to calibrate with.", exists=True, dir_okay=False)
     ] = None,
@@ -93,7 +93,7 @@ def quantize(
             output,
             bits=bits,
             group_size=group_size,
-            codebook=_codebook(codebook),
+            codebook=None if codebook is None else _codebook(codebook),
             ignore=ignore,
             overrides=dict(_override(value) for value in override),
             lm_head=lm_head,
@@ -109,9 +109,12 @@ def quantize(
     worst = max(report.layers, key=lambda layer: layer.error)
     table = Table(show_header=False)
     table.add_row("output", str(output))
-    table.add_row("layers", f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {codebook}")
+    table.add_row(
+        "layers",
+        f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {report.config.codebook}",
+    )
     calibrated = f", calibrated with {report.calibration_tokens} tokens" if calibrate else ""
-    table.add_row("method", method + calibrated)
+    table.add_row("method", report.method + calibrated)
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")
