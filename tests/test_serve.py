@@ -130,7 +130,8 @@ def models(work):
         return work / "llama"
 
     def smol_flute() -> Path:
-        quantize_checkpoint(get("smol"), work / "smol-flute", bits=4, group_size=64, codebook="nf")
+        """As online quantization does by default."""
+        quantize_checkpoint(get("smol"), work / "smol-flute", codebook="nf", method="absmax")
         return work / "smol-flute"
 
     def llama_flute() -> Path:
@@ -301,6 +302,15 @@ def test_metrics_describe_the_layers(smol_flute):
     # 106 million weights of 4 bits and a 16-bit scale for 64 of them.
     resident = metric_total(after, "vllm_flute:quantized_weight_bytes")
     assert resident == pytest.approx(106.2e6 * (4 + 16 / 64) / 8, rel=0.02)
+
+
+def test_online_quantization_gives_the_text_of_the_offline_checkpoint(answers, smol_plain):
+    """The plain model, quantized while the server loads it, beside the dequantized offline checkpoint."""
+    got = answers("smol", *F32, *FLUTE, env=tuple(TRACED.items()))
+    assert_same(got, smol_plain)
+    _, metrics = got.metrics
+    assert metric_total(metrics, "vllm_flute:build_info", quantized="online") == 1
+    assert metric_total(metrics, "vllm_flute:layers", bits="4", group_size="64", codebook="nf") == 4 * 30
 
 
 def test_a_broken_checkpoint_ends_the_server_with_one_clear_line(models, work):
