@@ -90,7 +90,11 @@ def assert_same(a, b) -> None:
     "options, settings",
     [
         ({}, {"bits": 4, "group_size": 64, "codebook": "nf", "method": "absmax"}),
-        ({"bits": 3}, {"bits": 3, "group_size": 64, "codebook": "lloyd-max", "method": "scale-search"}),
+        ({"bits": 3}, {"bits": 3, "group_size": 64, "codebook": "nf", "method": "absmax"}),
+        (
+            {"bits": 3, "method": "scale-search"},
+            {"bits": 3, "group_size": 64, "codebook": "lloyd-max", "method": "scale-search"},
+        ),
         (
             {"bits": 2, "codebook": "ternary", "method": "absmax", "group_size": 0},
             {"bits": 2, "codebook": "ternary", "method": "absmax", "group_size": 192},

@@ -35,8 +35,8 @@ class OnlineConfig:
     Attributes:
         bits, group_size: of every linear layer of a decoder block; group size 0 is a whole row. Where it does not
             divide a layer's K, that layer takes the largest supported one that does.
-        codebook, method: see `quantization.quantize`. At 4 bits "nf" and "absmax", because a server is to start
-            soon; at fewer bits that pair is of no use, and the quantizer's own defaults count.
+        codebook, method: see `quantization.quantize`; the defaults are those of `quantize_checkpoint` without
+            calibration.
         ignore: modules to leave as they are (see `checkpoint.config.matches`).
         overrides: bits and group size by a name that is matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too.
@@ -59,10 +59,10 @@ class OnlineConfig:
         where = "online quantization"
         if unknown := sorted(set(d) - set(_KEYS)):
             raise FluteError(f"{where}: unknown keys {', '.join(unknown)} (known: {', '.join(_KEYS)})")
-        bits, lm_head = d.get("bits", cls.bits), d.get("lm_head", False)
-        soon = bits == cls.bits
-        codebook = d.get("codebook", cls.codebook if soon else default_codebook(bits))
-        method = d.get("method", cls.method if soon else "scale-search")
+        method, lm_head = d.get("method", cls.method), d.get("lm_head", False)
+        codebook = d.get(
+            "codebook", cls.codebook if method == cls.method else default_codebook(d.get("bits", cls.bits))
+        )
         default = _spec(d, LayerSpec(cls.bits, cls.group_size), codebook, method, where)
         ignore, overrides = d.get("ignore", []), d.get("overrides", {})
         if not isinstance(lm_head, bool) or not isinstance(overrides, Mapping) or not isinstance(ignore, list | tuple):
