@@ -33,7 +33,7 @@ serve: install
 test:
 	@$(INSTALL) --dev
 	.venv/bin/ruff check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf build dist vllm_flute/*.so .pytest_cache .ruff_cache .hypothesis

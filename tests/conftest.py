@@ -12,6 +12,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Kernels are chosen by what is in the source, not by a table that somebody measured here.
 os.environ.setdefault("VLLM_FLUTE_TABLE", "off")
 
+# Workers of pytest-xdist share the cores, and OpenMP's threads wait for each other by spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # First calls compile and load: a deadline for one example would measure that. In CI the examples are the same ones
 # every time, so that a failure belongs to the change.
 settings.register_profile("default", deadline=None)

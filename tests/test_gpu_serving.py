@@ -198,7 +198,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, says):
 @pytest.mark.e2e
 def test_a_dry_run_measures_tiny_shapes(tmp_path):
     """One real engine, in eager mode."""
-    done = run("8b-4bit", "--out", tmp_path / "out", "--dry-run", "--variants", "bf16")
+    done = run("8b-4bit", "--out", tmp_path / "out", "--dry-run", "--variants", "bf16,flute-4-g64-head")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out/8b-4bit.json").read_text())
     assert result["dry_run"] and result["machine"]["vllm"]

@@ -300,3 +300,15 @@ def test_lora_finds_the_device_of_a_packed_layer(ranks):
     load(layer, tensor(24, 64))
     finish(layer)
     assert _get_lora_device(layer) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dummy_weights_are_of_all_codes(ranks, monkeypatch, bits):
+    """What --load-format dummy measures: codes of no pattern, weights of a plausible size."""
+    monkeypatch.setattr("vllm_flute.vllm_plugin.linear.is_dummy_load", lambda: True)
+    make = partial(vllm_linear.ReplicatedLinear, 128, 64, quant_config=flute_config(bits), prefix="a", **PLAIN)
+    (layer,) = ranks(1, make)
+    finish(layer)
+    weight = layer(torch.eye(128))[0].T
+    assert torch.isfinite(weight).all() and 0.001 < weight.std() < 0.1
+    assert len(weight.unique()) == 2**bits

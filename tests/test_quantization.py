@@ -1,5 +1,6 @@
 """Quantization methods against brute force, closed forms and published figures."""
 
+from functools import partial
 from itertools import combinations_with_replacement, pairwise, product
 
 import numpy as np
@@ -13,6 +14,8 @@ from vllm_flute.codebook import make_codebook
 from vllm_flute.quantization.cluster import cluster
 from vllm_flute.quantization.gptq import DAMPING, gptq
 from vllm_flute.quantization.scale_search import search_scales
+
+search = partial(quantize, method="scale-search")
 
 NAMED = [
     ("lloyd-max", 4),
@@ -62,7 +65,7 @@ MARKS = {
 @pytest.mark.parametrize("codebook, bits", MARKS)
 def test_error_of_scale_search_on_gaussian_weights(codebook, bits, group_size):
     weight = gaussian(512, 1024)
-    t = quantize(weight, bits, group_size, codebook)
+    t = search(weight, bits, group_size, codebook)
     error = (t.dequantize() - weight).square().mean().item()
     # The marks are rounded to their last digit.
     assert error <= MARKS[codebook, bits][group_size == 128] * 1.003
@@ -125,7 +128,7 @@ def test_importance_moves_error_to_inputs_that_matter_less():
     weight = gaussian(64, 128)
     importance = torch.ones(128)
     importance[::4] = 50
-    plain, weighted = (quantize(weight, 2, importance=h).dequantize() - weight for h in (None, importance))
+    plain, weighted = (search(weight, 2, importance=h).dequantize() - weight for h in (None, importance))
     assert weighted[:, ::4].square().mean() < 0.9 * plain[:, ::4].square().mean()
     assert (weighted.square() * importance).sum() < (plain.square() * importance).sum()
 
@@ -134,15 +137,15 @@ def test_inputs_that_never_occur():
     """Importance 0 for a whole group: its weights become 0, the others do not change."""
     weight, importance = gaussian(8, 128), torch.ones(128)
     importance[:64] = 0
-    t = quantize(weight, 3, importance=importance)
+    t = search(weight, 3, importance=importance)
     assert (t.scales[:, 0] == 0).all() and t.dequantize()[:, :64].abs().max() == 0
-    assert torch.equal(t.dequantize()[:, 64:], quantize(weight, 3).dequantize()[:, 64:])
+    assert torch.equal(t.dequantize()[:, 64:], search(weight, 3).dequantize()[:, 64:])
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 def test_codes_suit_the_rounded_scale(scale_dtype):
     weight = gaussian(16, 128)
-    t = quantize(weight, 4, 32, scale_dtype=scale_dtype)
+    t = search(weight, 4, 32, scale_dtype=scale_dtype)
     groups = weight.view(16, 4, 32)
     torch.testing.assert_close(
         (t.dequantize() - weight).view(16, 4, 32).square().sum(-1).double(),
@@ -155,6 +158,8 @@ def test_codes_suit_the_rounded_scale(scale_dtype):
 def test_unknown_method():
     with pytest.raises(FluteError, match="unknown method 'best'"):
         quantize(torch.ones(2, 64), method="best")
+    with pytest.raises(FluteError, match="importance is for scale-search"):
+        quantize(torch.ones(2, 64), importance=torch.ones(64))
 
 
 def test_not_finite_among_finite():
@@ -174,7 +179,7 @@ def correlated(k: int, rows: int = 4096) -> torch.Tensor:
 def test_gptq_without_correlations_is_scale_search(codebook, bits, group_size):
     """Equal inputs that have nothing in common: no error can be made up for, and no order matters."""
     weight = gaussian(300, 256)
-    expected = quantize(weight, bits, group_size, codebook)
+    expected = search(weight, bits, group_size, codebook)
     found = gptq(weight, 4 * torch.eye(256), bits, group_size, codebook)
     assert torch.equal(found.scales, expected.scales) and torch.equal(found.qweight, expected.qweight)
 
@@ -207,7 +212,7 @@ def test_gptq_loses_less_at_the_outputs(bits):
 
     found = loss(gptq(weight, moments, bits, 64, "lloyd-max"))
     for importance in (None, moments.diagonal()):
-        assert found < 0.75 * loss(quantize(weight, bits, importance=importance))
+        assert found < 0.75 * loss(search(weight, bits, importance=importance))
 
 
 def test_gptq_with_inputs_that_never_occur():
@@ -258,7 +263,7 @@ def test_a_fitted_table_finds_the_one_that_made_the_weights(bits):
     scales = (1 + torch.rand(128, 4, generator=generator)).bfloat16()
     codes = torch.randint(0, 2**bits, (128, 256), generator=generator, dtype=torch.uint8)
     weight = LutTensor.from_codes(codes, scales, levels).dequantize()
-    errors = [(quantize(weight, bits, 64, c).dequantize() - weight).square().mean() for c in ("lloyd-max", "fitted")]
+    errors = [(search(weight, bits, 64, c).dequantize() - weight).square().mean() for c in ("lloyd-max", "fitted")]
     assert errors[1] < 0.05 * errors[0]
 
 
@@ -268,7 +273,7 @@ def test_a_fitted_table_is_better_on_skewed_weights(bits, importance):
     weight = gaussian(256, 256).exp()
     errors = []
     for codebook in ("lloyd-max", "fitted"):
-        lost = quantize(weight, bits, 64, codebook, importance=importance).dequantize() - weight
+        lost = search(weight, bits, 64, codebook, importance=importance).dequantize() - weight
         errors.append((lost.square() * (1 if importance is None else importance)).sum())
     assert errors[1] < 0.7 * errors[0]
 

@@ -86,9 +86,9 @@ def pad_codebook(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([values, values[-1:].expand(size - values.numel())])
 
 
-def default_codebook(bits: int) -> str:
-    """The named table that quantizers take at this width where none is asked for."""
-    return "lloyd-max"
+def default_codebook(method: str) -> str:
+    """The named table that a quantization method takes where none is asked for."""
+    return "nf" if method == "absmax" else "lloyd-max"
 
 
 def make_codebook(codebook: str | torch.Tensor, bits: int) -> torch.Tensor:

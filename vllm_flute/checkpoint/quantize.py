@@ -194,8 +194,7 @@ def quantize_checkpoint(
     # Measured at 3 bits without calibration: absmax NormalFloat keeps more of a model than the least squared error of
     # its weights, because the inputs of largest second moments have the smallest weights.
     method = method or ("gptq" if calibrate else "absmax")
-    if codebook is None:
-        codebook = "nf" if method == "absmax" else default_codebook(bits)
+    codebook = default_codebook(method) if codebook is None else codebook
     if method not in METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
     if (method == "gptq" and not calibrate) or (method == "absmax" and calibrate):

@@ -61,7 +61,7 @@ def quantize(
     codebook: str | torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
     name: str = "weight",
-    method: str = "scale-search",
+    method: str = "absmax",
     importance: torch.Tensor | None = None,
 ) -> LutTensor:
     """Quantize a weight ``[N, K]`` of any float dtype to a LutTensor on the same device.
@@ -69,18 +69,19 @@ def quantize(
     Args:
         bits: 2, 3 or 4.
         group_size: inputs that share a scale: a multiple of 8 that divides K.
-        codebook: "lloyd-max" (the default), "nf", "fp4" (4 bits), "int", "ternary" (2 bits), "fitted" (a table of this
-            weight's own, see `fit_codebook`) or a tensor of at most ``2**bits`` values.
+        codebook: "nf" (the default of "absmax"), "lloyd-max" (that of "scale-search"), "fp4" (4 bits), "int", "ternary"
+            (2 bits), "fitted" (a table of this weight's own, see `fit_codebook`) or a tensor of at most ``2**bits``
+            values.
         scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
         name: what errors call this weight.
-        method: "scale-search" takes the scales of least squared error, "absmax" those whose largest table entry
-            meets the group's largest weight: ten times as fast.
+        method: "absmax" takes the scales whose largest table entry meets the group's largest weight, "scale-search"
+            those of least squared error, which is ten times as slow and without ``importance`` can make a model worse.
         importance: fp32 ``[K]``, the second moment of each input, which weights the error of "scale-search".
 
     Raises:
         FluteError: unsupported width, group size, codebook or method, or weights that are not finite.
     """
-    codebook = default_codebook(bits) if codebook is None else codebook
+    codebook = default_codebook(method) if codebook is None else codebook
     check_bits(bits)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise FluteError(f"{name} is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]")
@@ -88,6 +89,8 @@ def quantize(
         raise FluteError(f"scale dtype {scale_dtype} is not supported (supported: bfloat16, float16)")
     if method not in _METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(_METHODS)})")
+    if importance is not None and method == "absmax":
+        raise FluteError("method absmax weights no errors: importance is for scale-search")
     n, k = weight.shape
     try:
         check_group_size(group_size, k)

@@ -37,7 +37,10 @@ class FluteConfig(QuantizationConfig):
     def __init__(self, lut: LutConfig | OnlineConfig | None = None):
         super().__init__()
         self.lut = OnlineConfig() if lut is None else lut
-        dispatch.backend(current_platform.device_type)  # a machine that cannot run it ends here, in one line
+        if (
+            current_platform.is_cpu()
+        ):  # one that cannot run it ends here, in one line; a GPU is for the workers to start
+            dispatch.backend("cpu")
         metrics.share_directory()
 
     @classmethod
@@ -82,7 +85,7 @@ class FluteConfig(QuantizationConfig):
         if path.is_dir():
             if self.online:
                 check_plain(read_json(path / CONFIG), path)
-            else:
+            elif any(path.glob("*.safetensors*")):  # --load-format dummy needs none
                 check_checkpoint(path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):

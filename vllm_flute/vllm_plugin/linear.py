@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ..checkpoint import LayerSpec
+from ..codebook import make_codebook
 from ..dispatch import pack_parts
 from ..errors import FluteError
 from ..ops import lut_linear_op
@@ -81,6 +82,10 @@ class FluteLinearMethod(LinearMethodBase):
                     f"{self.prefix}.{part} is missing from the checkpoint although its config.json says that the layer "
                     "is quantized; run 'vllm-flute inspect' on it"
                 )
+        if self.dummy:  # vLLM fills floats alone; equal codes would make lookups faster than any checkpoint's
+            layer.qweight.data.random_(0, 256)
+            layer.codebook.data.copy_(make_codebook("nf", self.spec.bits).expand_as(layer.codebook))
+            layer.scales.data.fill_(0.02)  # times NormalFloat, a deviation like a trained weight's
         packed, header = pack_parts(
             layer.qweight.data, layer.scales.data, layer.codebook.data, layer.flute_group_size, layer.flute_shards
         )

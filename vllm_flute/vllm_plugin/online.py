@@ -60,9 +60,7 @@ class OnlineConfig:
         if unknown := sorted(set(d) - set(_KEYS)):
             raise FluteError(f"{where}: unknown keys {', '.join(unknown)} (known: {', '.join(_KEYS)})")
         method, lm_head = d.get("method", cls.method), d.get("lm_head", False)
-        codebook = d.get(
-            "codebook", cls.codebook if method == cls.method else default_codebook(d.get("bits", cls.bits))
-        )
+        codebook = d.get("codebook", default_codebook(method))
         default = _spec(d, LayerSpec(cls.bits, cls.group_size), codebook, method, where)
         ignore, overrides = d.get("ignore", []), d.get("overrides", {})
         if not isinstance(lm_head, bool) or not isinstance(overrides, Mapping) or not isinstance(ignore, list | tuple):

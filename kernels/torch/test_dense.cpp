@@ -1,5 +1,5 @@
 // torch/dense.h as an operator for the CPU, so that a test can compare it with torch: multiply(x, weight, bias, step).
-#include "../torch/dense.h"
+#include "dense.h"
 
 #include <torch/csrc/stable/library.h>
 
