@@ -29,7 +29,9 @@ class Run:
     """What a run of the test program printed: the library's description, calls by kernel, and the verdict."""
 
     def __init__(self, *command: str | Path, isa: str = ""):
-        env = {k: v for k, v in os.environ.items() if k != "VLLM_FLUTE_ACTIVATIONS"} | {"VLLM_FLUTE_ISA": isa}
+        # vLLM sets LD_PRELOAD in a process that configures it, and the sanitizers want to be first.
+        inherited = {k: v for k, v in os.environ.items() if k not in ("VLLM_FLUTE_ACTIVATIONS", "LD_PRELOAD")}
+        env = inherited | {"VLLM_FLUTE_ISA": isa}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         self.code, self.output = done.returncode, done.stdout + done.stderr
         lines = done.stdout.splitlines()

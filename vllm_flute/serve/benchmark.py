@@ -36,7 +36,7 @@ async def _stream(url: str, model: str, prompt: list[int], max_tokens: int) -> l
 
 def decode_rate(url: str, streams: int, tokens: int, vocabulary: int = 1000) -> float:
     """Tokens per second of all streams together, after each has its first token."""
-    model = Client(url).model()[0]
+    model = Client(url).model()
     prompts = [[random.randrange(10, vocabulary) for _ in range(16)] for _ in range(streams)]
 
     async def run():

@@ -23,13 +23,19 @@ class Client:
             raise FluteError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}")
         return answer.json()
 
-    def model(self) -> tuple[str, int]:
-        """(name, context length in tokens) of the served model."""
+    def _card(self, key: str):
         try:
-            card = self.session.get(f"{self.url}/v1/models", timeout=self.timeout).json()["data"][0]
+            return self.session.get(f"{self.url}/v1/models", timeout=self.timeout).json()["data"][0][key]
         except (requests.RequestException, KeyError, IndexError, ValueError) as e:
             raise FluteError(f"{self.url}/v1/models does not describe a model: {e}") from None
-        return card["id"], card["max_model_len"]
+
+    def model(self) -> str:
+        """Name of the served model."""
+        return self._card("id")
+
+    def context(self) -> int:
+        """Tokens that the served model takes; vLLM alone says so."""
+        return self._card("max_model_len")
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text by the server's own tokenizer."""
@@ -37,7 +43,7 @@ class Client:
 
     def complete(self, prompt, max_tokens: int, **options) -> list[dict]:
         """Greedy ``/v1/completions`` choices for a text, a list of texts or token ids."""
-        body = {"model": self.model()[0], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": self.model(), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         return self.post("/v1/completions", body | options)["choices"]
 
     def metrics(self) -> dict[tuple[str, frozenset], float]:

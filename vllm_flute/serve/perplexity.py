@@ -57,7 +57,7 @@ def perplexity(
     Raises:
         FluteError: a text too short to score, a window beyond the context, a server that does not answer.
     """
-    _, context = client.model()
+    context = client.context()
     limit = context - 1  # the server generates one token after the prompt
     stride = stride or window // 2
     if not 1 <= stride < window <= limit:

@@ -14,7 +14,8 @@ import requests
 from ..errors import FluteError
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -50,7 +51,7 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         vllm = Path(sys.executable).with_name("vllm")
         command = [str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]

@@ -182,8 +182,11 @@ class FluteStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config, engine_index: int = 0):
         global _publisher
-        if _publisher is None and ENV in os.environ:
-            _publisher = _Publisher(Path(os.environ[ENV]))
+        # An API server that is a process of its own, started by the one that made the directory, or that one itself; a
+        # variable that only happens to be set is of another server.
+        shared = _directory or (multiprocessing.parent_process() is not None and os.environ.get(ENV))
+        if _publisher is None and shared:
+            _publisher = _Publisher(Path(shared))
 
     def record(self, scheduler_stats=None, iteration_stats=None, *args, **kwargs) -> None:
         if _publisher is not None:
