@@ -16,9 +16,9 @@ from .errors import FluteError
 MAGIC = 0x464C555445  # "FLUTE"
 ABI = 1  # also in the operators' names
 
-# Layout ids. ROWS is the on-disk order, rows padded (backends/rows.py), for the backends written in Python. The CPU library's are TILE16,
-# TERNARY16, which is TILE16 for 2-bit weights of three values, and TRIT20, which has those in 1.6 bits where a row has
-# one scale. MMA64 is the CUDA library's (kernels/cuda/layout.h).
+# Layout ids. ROWS is the on-disk order, rows padded (backends/rows.py), for the backends written in Python. The CPU
+# library's are TILE16, TERNARY16, which is TILE16 for 2-bit weights of three values, and TRIT20, which has those in 1.6
+# bits where a row has one scale. MMA64 is the CUDA library's (kernels/cuda/layout.h).
 ROWS, TILE16, TERNARY16, TRIT20, MMA64 = 0, 1, 2, 3, 4
 LAYOUTS = {ROWS: "rows", TILE16: "tile16", TERNARY16: "ternary16", TRIT20: "trit20", MMA64: "mma64"}
 
