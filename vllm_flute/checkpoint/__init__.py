@@ -3,18 +3,21 @@
 from .config import LayerSpec, LutConfig
 from .demo_model import write_demo_model
 from .dequantize import dequantize_checkpoint
+from .importer import ImportReport, import_checkpoint
 from .quantize import QuantizeReport, quantize_checkpoint
 from .reader import Checkpoint
 from .validate import LayerInfo, check_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "ImportReport",
     "LayerInfo",
     "LayerSpec",
     "LutConfig",
     "QuantizeReport",
     "check_checkpoint",
     "dequantize_checkpoint",
+    "import_checkpoint",
     "quantize_checkpoint",
     "write_demo_model",
 ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..codebook import check_bits
 from ..errors import FluteError
-from ..format import FORMAT, QUANT_METHOD
+from ..format import EXTENSIONS, FORMAT, QUANT_METHOD
 
 # Weights of the linear layers of decoder blocks, and Mixtral's experts; routers (mlp.gate) and norms do not end so.
 LINEAR = re.compile(r"model\.layers\.\d+\..+(_proj|\.experts\.\d+\.w[123])\.weight")
@@ -17,7 +17,7 @@ HEAD = "lm_head"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
-_KEYS = ("quant_method", "format", "bits", "group_size", "codebook", "ignore", "overrides")
+_KEYS = ("quant_method", "format", "bits", "group_size", "codebook", "ignore", "overrides", "extensions")
 
 
 class LayerSpec(NamedTuple):
@@ -103,6 +103,7 @@ class LutConfig:
         codebook: the name of the table that was used; a label only, the tables are tensors of the checkpoint.
         ignore: modules that are not quantized (see `matches`).
         overrides: by exact module name.
+        extensions: of format.EXTENSIONS, those that some layer has.
     """
 
     bits: int
@@ -110,6 +111,7 @@ class LutConfig:
     codebook: str
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, LayerSpec] = field(default_factory=dict)
+    extensions: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "LutConfig":
@@ -142,16 +144,23 @@ class LutConfig:
                 raise FluteError(
                     f"{where}: override of {name} is {values!r}, expected an object of bits and group_size only"
                 )
+        extensions = d.get("extensions", [])
+        if not isinstance(extensions, list | tuple) or not set(map(str, extensions)) <= set(EXTENSIONS):
+            raise FluteError(
+                f"{where}: extensions is {extensions!r}, this version knows {', '.join(EXTENSIONS)}: upgrade vllm-flute"
+            )
         default = spec._asdict()
         return cls(
             *spec,
             codebook,
             tuple(check_pattern(entry) for entry in ignore),
             {name: _layer_spec(default | values, f"{where}: override of {name}") for name, values in overrides.items()},
+            tuple(extensions),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The object for config.json; `from_dict` reads it back."""
+        extensions = {"extensions": list(self.extensions)} if self.extensions else {}
         return {
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
@@ -160,7 +169,7 @@ class LutConfig:
             "codebook": self.codebook,
             "ignore": list(self.ignore),
             "overrides": {name: spec._asdict() for name, spec in self.overrides.items()},
-        }
+        } | extensions
 
     def is_ignored(self, name: str) -> bool:
         """Whether the module of this dotted name is left unquantized."""

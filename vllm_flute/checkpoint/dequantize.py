@@ -6,8 +6,8 @@ import torch
 
 from .. import __version__
 from ..errors import FluteError
-from ..format import PARTS, LutTensor
-from .output import Output
+from ..format import EXTENSIONS, PARTS, LutTensor
+from .output import Output, copy_files
 from .reader import Checkpoint
 from .rewrite import Progress, fingerprint, require_elsewhere, rewrite
 from .validate import check_layers
@@ -43,12 +43,13 @@ def dequantize_checkpoint(
 
     def convert(name: str) -> tuple[dict[str, torch.Tensor], dict | None]:
         layer, _, part = name.rpartition(".")
-        if layer not in layers or part not in PARTS:
+        if layer not in layers or part not in (*PARTS, *EXTENSIONS):
             tensor = source.tensor(name)
             return {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor}, None
         if part != "qweight":  # taken with its qweight
             return {}, None
-        t = LutTensor(*(source.tensor(f"{layer}.{p}") for p in PARTS), name=layer)
+        stored = [p for p in (*PARTS, *EXTENSIONS) if f"{layer}.{p}" in source.headers]
+        t = LutTensor.from_parts({p: source.tensor(f"{layer}.{p}") for p in stored}, layer)
         return {f"{layer}.weight": t.dequantize(DTYPES[dtype])}, None
 
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -57,5 +58,6 @@ def dequantize_checkpoint(
     options = {"version": __version__, "dequantize": dtype}
     with Output(out, fingerprint(source, options), overwrite) as output:
         rewrite(source.headers, convert, output, progress)
-        output.finish(source, config, _CARD.format(dtype=dtype))
+        copy_files(source.path, output.path)
+        output.finish(config, _CARD.format(dtype=dtype))
     return Path(out)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import FluteError
-from .reader import CONFIG, INDEX, Checkpoint, read_json
+from .reader import CONFIG, INDEX, read_json
 
 STATE = ".vllm-flute-progress.json"
 CARD = "README.md"
@@ -22,6 +22,8 @@ _WRITER = "vllm-flute"
 # Files beside the weights that a model needs as they are; more than this is no tokenizer or licence.
 _COPY_LIMIT = 256 << 20
 _NOT_COPIED = {CONFIG, INDEX, CARD, "pytorch_model.bin.index.json"}
+# Settings of other quantization tools.
+_NOT_COPIED |= {"quantize_config.json", "quant_config.json", "quantization_config.json", "flute_config.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -55,6 +57,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         temporary.chmod(0o644)  # safetensors makes it private, which a server's user could not read
 
 
+def copy_files(source: Path, out: Path) -> None:
+    """Copy what a model has beside its weights and config.json: tokenizer, licence, generation settings."""
+    for path in sorted(source.iterdir()):
+        wanted = path.is_file() and path.suffix not in _WEIGHTS and path.name not in _NOT_COPIED
+        if wanted and not path.name.startswith(".") and path.stat().st_size <= _COPY_LIMIT:
+            with replacing(out / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+
 class Output:
     """``with Output(out, fingerprint, overwrite) as output:`` continues an interrupted run of the same fingerprint.
 
@@ -74,6 +85,7 @@ class Output:
     def __init__(self, path: str | Path, fingerprint: dict, overwrite: bool):
         self.path, self.fingerprint, self.overwrite = Path(path), fingerprint, overwrite
         self.shards: dict[str, dict] = {}
+        self.fresh = False
 
     def __enter__(self) -> "Output":
         if self.path.exists() and not self.path.is_dir():
@@ -96,6 +108,8 @@ class Output:
 
     def _begin(self) -> None:
         state = read_json(self.path / STATE) if (self.path / STATE).exists() else {}
+        # A process that was killed may leave its first temporary file.
+        self.fresh = not {path.name for path in self.path.iterdir()} - {f".{STATE}.tmp"}
         if state.get("fingerprint") == self.fingerprint:
             self.shards = {n: s for n, s in state["shards"].items() if (self.path / n).exists()}
         elif not self.overwrite:
@@ -104,8 +118,7 @@ class Output:
                     f"{self.path} holds an unfinished run with another source or other options: "
                     "give --overwrite or another output directory"
                 )
-            # A process that was killed may leave its first temporary file.
-            if {path.name for path in self.path.iterdir()} - {f".{STATE}.tmp"}:
+            if not self.fresh:
                 raise FluteError(f"{self.path} is not empty: give --overwrite or another output directory")
         else:
             self._clear(state)
@@ -143,13 +156,15 @@ class Output:
         """Bytes of all tensors written."""
         return sum(sum(shard["tensors"].values()) for shard in self.shards.values())
 
-    def finish(self, source: Checkpoint, config: dict, card: str) -> None:
-        """Copy what is not weights, then write the card, the index and config.json."""
-        for path in sorted(source.path.iterdir()):
-            wanted = path.is_file() and path.suffix not in _WEIGHTS and path.name not in _NOT_COPIED
-            if wanted and not path.name.startswith(".") and path.stat().st_size <= _COPY_LIMIT:
-                with replacing(self.path / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
+    def discard(self) -> None:
+        """Remove everything, where this run found the directory empty; else leave it to a later run."""
+        if self.fresh:
+            for path in self.path.iterdir():
+                path.unlink()
+            self.path.rmdir()
+
+    def finish(self, config: dict, card: str) -> None:
+        """Write the card, the index and config.json; the files beside them are there already."""
         weight_map = {key: name for name, shard in self.shards.items() for key in shard["tensors"]}
         index = {
             "metadata": {"total_size": self.nbytes, "written_by": _WRITER},

@@ -18,7 +18,7 @@ from ..quantization import FITTED, METHODS, gptq, quantize
 from .calibrate import Calibration, calibration_tokens
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
-from .output import Output
+from .output import Output, copy_files
 from .reader import Checkpoint
 from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
 
@@ -266,5 +266,6 @@ def quantize_checkpoint(
         config = source.config | {"quantization_config": lut.to_dict()}
         if lm_head:
             config["tie_word_embeddings"] = False
-        output.finish(source, config, model_card(source, report))
+        copy_files(source.path, output.path)
+        output.finish(config, model_card(source, report))
     return report

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from ..errors import FluteError
-from . import bench, demo_model, dequantize, doctor, eval, inspect, quantize
+from . import bench, demo_model, dequantize, doctor, eval, import_, inspect, quantize
 
 app = typer.Typer(
     name="vllm-flute",
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.quantize)
+app.command("import")(import_.import_)
 app.command("dequantize")(dequantize.dequantize)
 app.command("inspect")(inspect.inspect)
 app.command("demo-model")(demo_model.demo_model)

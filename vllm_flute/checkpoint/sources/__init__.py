@@ -1,0 +1,41 @@
+"""Quantized checkpoints of other tools, one file a format.
+
+Each module has ``NAME``, what the format is called; ``detect(path, config) -> bool``, which never raises, for a
+directory and its config.json or a file and {}; ``open_(path, allow_lossy) -> Source``, which raises FluteError.
+``allow_lossy``: layers that no table fits may be quantized again.
+"""
+
+from pathlib import Path
+
+from ...errors import FluteError
+from ..reader import CONFIG, read_json, resolve
+from . import upstream_flute
+from .base import Converted, Source
+
+# The first that recognises a checkpoint opens it.
+MODULES = (upstream_flute,)
+
+
+def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
+    """Open a directory, a hub id or a single file in any format that `vllm-flute import` reads.
+
+    Raises:
+        FluteError: no format recognises it, or the one that does finds it broken.
+    """
+    path = Path(source)
+    if path.is_file():
+        config = {}
+    else:
+        path = resolve(source)
+        config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    for module in MODULES:
+        if module.detect(path, config):
+            return module.open_(path, allow_lossy)
+    found = config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    what = f"quant_method {method!r}" if method else "no quantization that is known here"
+    kinds = ", ".join(module.NAME for module in MODULES)
+    raise FluteError(f"{path} has {what} (import reads: {kinds}); a plain checkpoint is for 'vllm-flute quantize'")
+
+
+__all__ = ["Converted", "Source", "open_source"]
