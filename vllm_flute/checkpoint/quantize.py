@@ -21,8 +21,8 @@ from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_patte
 from .output import Output, copy_files
 from .reader import Checkpoint
 from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
+from .rotate import EMBEDDING, RotatedCheckpoint
 
-EMBEDDING = "model.embed_tokens.weight"
 # Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
 # itself (32768 elements), because many small parallel sections crawl on a machine whose cores are busy.
 _CHUNK_WEIGHTS = (1 << 15) - 1
@@ -52,6 +52,7 @@ class QuantizeReport:
     output_bytes: int
     method: str
     calibration_tokens: int
+    rotated: bool
 
     @property
     def bits_per_weight(self) -> float:
@@ -159,6 +160,7 @@ def quantize_checkpoint(
     method: str | None = None,
     calibrate: str | Path | None = None,
     tokens: int = 32768,
+    rotate: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -183,6 +185,7 @@ def quantize_checkpoint(
             "gptq" with calibration, "absmax" without.
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
             errors by the inputs' second moments. LLaMA's architecture only.
+        rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
         overwrite: replace another result of this tool in ``out``.
         progress: called as ``progress(done, total, label)`` after each output shard.
 
@@ -204,7 +207,7 @@ def quantize_checkpoint(
         _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
     if lm_head and HEAD in ignore:
         raise FluteError("--lm-head and --ignore lm_head contradict each other: give one")
-    source = Checkpoint(src)
+    source = RotatedCheckpoint(src) if rotate else Checkpoint(src)
     require_elsewhere(source, out)
     require_plain(source)
 
@@ -253,7 +256,7 @@ def quantize_checkpoint(
 
     table = _table(codebook, bits)
     options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
-    options["method"] = method
+    options |= {"method": method, "rotate": rotate}
     calibration = None
     if calibrate:
         ids = calibration_tokens(source, calibrate, tokens)
@@ -262,7 +265,9 @@ def quantize_checkpoint(
     with Output(out, fingerprint(source, options), overwrite) as output:
         reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
         layers = [LayerReport(**r) for r in reports]
-        report = QuantizeReport(lut, layers, source.nbytes, output.nbytes, method, ids.numel() if calibrate else 0)
+        report = QuantizeReport(
+            lut, layers, source.nbytes, output.nbytes, method, ids.numel() if calibrate else 0, rotate
+        )
         config = source.config | {"quantization_config": lut.to_dict()}
         if lm_head:
             config["tie_word_embeddings"] = False

@@ -66,6 +66,9 @@ def quantize(
         Path, typer.Option(metavar="TEXT", help="UTF-8 text to calibrate with.", exists=True, dir_okay=False)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are used.")] = 32768,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Fold random rotations into the weights first; unties a tied head.")
+    ] = False,
     ignore: Annotated[
         list[str], typer.Option(help="Leave these modules as they are: part of a dotted name, or re:REGEX. Repeatable.")
     ] = (),
@@ -101,6 +104,7 @@ def quantize(
             method=method,
             calibrate=calibrate,
             tokens=tokens,
+            rotate=rotate,
             overwrite=overwrite,
             progress=progress,
         )
@@ -114,7 +118,7 @@ def quantize(
         f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {report.config.codebook}",
     )
     calibrated = f", calibrated with {report.calibration_tokens} tokens" if calibrate else ""
-    table.add_row("method", report.method + calibrated)
+    table.add_row("method", report.method + calibrated + (", rotated" if rotate else ""))
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")

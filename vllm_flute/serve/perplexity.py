@@ -1,4 +1,4 @@
-"""Perplexity of a served model on a text, from the server's own prompt log-probabilities."""
+"""Scoring a text with strided windows: perplexity from a server's own prompt log-probabilities."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,19 @@ from .client import Client
 _WINDOWS_A_REQUEST = 4  # enough to keep a small CPU server busy, few enough to bound the answer's size
 
 
-class Perplexity(NamedTuple):
-    """``perplexity = exp(nats / tokens)`` over the tokens that were scored."""
+class Score(NamedTuple):
+    """``perplexity = exp(nats / tokens)`` over the tokens that were scored.
+
+    ``kl``: Kullback-Leibler divergence of the next-token distributions from a reference model's, in nats a token;
+    ``top1``: the share of tokens whose most likely next token is the reference's. None without a reference.
+    """
 
     perplexity: float
     nats: float
     tokens: int
     windows: int
+    kl: float | None = None
+    top1: float | None = None
 
 
 def strided_windows(tokens: list[int], bos: list[int], window: int, stride: int) -> list[tuple[list[int], int]]:
@@ -38,6 +44,21 @@ def strided_windows(tokens: list[int], bos: list[int], window: int, stride: int)
     return [w for w in result if w[1] > 0]
 
 
+def text_windows(
+    tokens: list[int], bos: list[int], window: int, stride: int | None, limit: int
+) -> list[tuple[list[int], int]]:
+    """`strided_windows` of checked sizes; ``stride``: half a window by default; ``limit``: the largest window.
+
+    Raises FluteError for a text too short to score and a window beyond the limit.
+    """
+    stride = stride or window // 2
+    if not 1 <= stride < window <= limit:
+        raise FluteError(f"window {window} and stride {stride}: expected 1 <= stride < window <= {limit} (the context)")
+    if len(tokens) < 2:
+        raise FluteError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
+    return strided_windows(tokens, bos, window, stride)
+
+
 def perplexity(
     client: Client,
     text: str,
@@ -45,7 +66,7 @@ def perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Perplexity:
+) -> Score:
     """Score a text with strided windows (https://huggingface.co/docs/transformers/perplexity).
 
     Args:
@@ -57,16 +78,10 @@ def perplexity(
     Raises:
         FluteError: a text too short to score, a window beyond the context, a server that does not answer.
     """
-    context = client.context()
-    limit = context - 1  # the server generates one token after the prompt
-    stride = stride or window // 2
-    if not 1 <= stride < window <= limit:
-        raise FluteError(f"window {window} and stride {stride}: expected 1 <= stride < window <= {limit} (the context)")
     bos = client.tokenize("", special=True)
     tokens = client.tokenize(text)[:max_tokens]
-    if len(tokens) < 2:
-        raise FluteError(f"the text has {len(tokens)} tokens; at least 2 are needed to score one")
-    windows = strided_windows(tokens, bos, window, stride)
+    # The server generates one token after the prompt.
+    windows = text_windows(tokens, bos, window, stride, client.context() - 1)
     nats, count = 0.0, 0
     for i in range(0, len(windows), _WINDOWS_A_REQUEST):
         batch = windows[i : i + _WINDOWS_A_REQUEST]
@@ -77,4 +92,4 @@ def perplexity(
                 nats -= position[str(token)]["logprob"]
             count += new
         progress(count, len(tokens))
-    return Perplexity(math.exp(nats / count), nats, count, len(windows))
+    return Score(math.exp(nats / count), nats, count, len(windows))
