@@ -39,14 +39,16 @@ class Server:
         log: the file that takes the server's output.
         args: further arguments of `vllm serve`.
         env: additions to the environment.
+        launcher: a command that runs the server's command line, put before it.
         start_seconds: how long it may take until /health answers.
 
     Raises:
         FluteError: the server ended or did not answer in time; names the log and its last error line.
     """
 
-    def __init__(self, model, log: Path, args=(), env=None, start_seconds: float = 600):
+    def __init__(self, model, log: Path, args=(), env=None, start_seconds: float = 600, launcher=()):
         self.model, self.log, self.args, self.env = str(model), Path(log), list(args), dict(env or {})
+        self.launcher = list(map(str, launcher))
         self.start_seconds = start_seconds
         self.process: subprocess.Popen | None = None
 
@@ -54,7 +56,7 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         vllm = Path(sys.executable).with_name("vllm")
-        command = [str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]
+        command = [*self.launcher, str(vllm), "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]
         with open(self.log, "w") as out:
             self.process = subprocess.Popen(
                 command + ["--served-model-name", "model", *self.args],

@@ -4,9 +4,11 @@ A checkpoint's own says how it is stored; none, or ``{"quant_method": "flute", "
 ``--hf-overrides``, means to quantize a plain checkpoint while it loads.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -26,6 +28,17 @@ from .moe import FluteMoEMethod
 from .online import OnlineConfig, OnlineLinearMethod, check_plain
 
 logger = init_logger("vllm.flute")  # below "vllm", whose handlers vLLM sets up
+
+
+def check_kv_space() -> None:
+    """FluteError where the KV cache cannot fit: vLLM's own error is deep in a worker's traceback."""
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    available = psutil.virtual_memory().available / 2**30
+    if space.isdecimal() and int(space) > available:
+        raise FluteError(
+            f"VLLM_CPU_KVCACHE_SPACE={space}: so many GiB for the KV cache, but {available:.1f} GiB of memory are "
+            "available; set it lower"
+        )
 
 
 class FluteConfig(QuantizationConfig):
@@ -78,7 +91,9 @@ class FluteConfig(QuantizationConfig):
         return isinstance(self.lut, OnlineConfig)
 
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
-        """Check a local checkpoint's headers before an engine starts, while an error is still one clear line."""
+        """Check the memory and a local checkpoint's headers before an engine starts, while an error is one line."""
+        if current_platform.is_cpu():
+            check_kv_space()
         if self.online:
             logger.info("online quantization while loading: %s", self.lut)
         path = Path(model_name)
