@@ -102,10 +102,24 @@ def test_quantized_while_rotated(tmp_path, one_thread):
         assert torch.equal(one.tensor(name), two.tensor(name)), name
     assert report.source_bytes == Checkpoint(source).nbytes
     assert "rotated" in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_an_interrupted_rotated_run_continues(tmp_path, one_thread):
+    source = make(tmp_path / "plain", torch.bfloat16, True, False)
+
+    def stop(done, total, label):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, out, group_size=32, rotate=True, progress=stop)
     with pytest.raises(FluteError, match="other options"):
-        (tmp_path / "one" / "config.json").unlink()
-        quantize_checkpoint(source, tmp_path / "one", rotate=True, **options)
-        quantize_checkpoint(source, tmp_path / "one", **options)
+        quantize_checkpoint(source, out, group_size=32)
+    quantize_checkpoint(source, out, group_size=32, rotate=True)
+    quantize_checkpoint(source, tmp_path / "whole", group_size=32, rotate=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_what_cannot_be_rotated(tmp_path):
