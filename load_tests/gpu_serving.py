@@ -34,6 +34,7 @@ from vllm_flute.serve import Server, cpu_environment
 WORKER = Path(__file__).with_name("gpu_serving_worker.py")
 STREAMS = (1, 8, 32, 128)
 DECODE_TOKENS, PREFILL_TOKENS, ROUNDS = 128, 4096, 3
+PROFILED = (1, 32)  # streams whose decode step is taken apart, see gpu_serving_profile.py
 # (name, concurrent streams, prompt tokens, generated tokens, requests a stream) of `vllm bench serve`.
 SERVED = (*((f"serve x{n}", n, 128, 128, 2) for n in STREAMS), ("serve prefill-heavy x32", 32, 2048, 32, 2))
 PARTS = {
@@ -95,6 +96,10 @@ class Part:
         entry["figures"][name] = value
         self.save()
         print(f"  {variant}: {name} {value}", flush=True)
+
+    def profile(self, variant: str, load: str, step: dict) -> None:
+        self.data["variants"][variant].setdefault("profile", {})[load] = step
+        self.save()
 
 
 def machine() -> dict:
@@ -179,7 +184,11 @@ def engine_options(dry_run: bool, streams: int) -> dict:
 
 def loads(dry_run: bool) -> list[dict]:
     streams, decode, prefill = ((1, 2), 8, 64) if dry_run else (STREAMS, DECODE_TOKENS, PREFILL_TOKENS)
-    decodes = [{"name": f"decode x{n}", "kind": "decode", "streams": n, "tokens": decode} for n in streams]
+    profiled = streams if dry_run else PROFILED
+    decodes = [
+        {"name": f"decode x{n}", "kind": "decode", "streams": n, "tokens": decode, "profile": n in profiled}
+        for n in streams
+    ]
     return [*decodes, {"name": f"prefill {prefill}", "kind": "prefill", "streams": 1, "tokens": prefill}]
 
 
@@ -200,16 +209,21 @@ def turns(part: Part, variants: list[str]):
 def offline(part: Part, shape: str, variants: list[str], dry_run: bool, folder: Path) -> None:
     """In-process engines: decoding at several numbers of streams, and prefill."""
     for variant in turns(part, variants):
-        how, log = Variant.parse(variant), folder / f"{variant}.log"
+        how, log, traces = Variant.parse(variant), folder / f"{variant}.log", folder / f"{variant}-traces"
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
+        engine = engine_options(dry_run, max(load["streams"] for load in loads(dry_run)))
         job = {
             "model": str(write_dummy(folder / variant, shape, how)),
-            "engine": engine_options(dry_run, max(load["streams"] for load in loads(dry_run))),
+            "engine": engine | {"profiler_config": profiler},
+            "traces": str(traces),
             "loads": loads(dry_run),
             "rounds": 1 if dry_run else ROUNDS,
             "prompts": [],
         }
         for line in run_worker(part, variant, job, log):
-            if "load" in line:
+            if "profile" in line:
+                part.profile(variant, line["load"], line["profile"])
+            elif "load" in line:
                 part.figure(variant, line["load"], line["rates"])
             else:
                 part.add(variant, start_seconds=line["start_seconds"])

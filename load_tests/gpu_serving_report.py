@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+import gpu_serving_profile
+
 
 def rate(value) -> float | None:
     """Tokens per second of a figure; None for one that is no rate."""
@@ -39,7 +41,8 @@ def table(part: dict) -> str:
         cells.append(f"{weights:.2f}" if weights else "-")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     missing = [f"- {label}: {variant['missing']}" for label, variant in variants.items() if "missing" in variant]
-    return "\n".join([*lines, *(["", "Missing:", *missing] if missing else [])])
+    profiles = gpu_serving_profile.table(variants)
+    return "\n".join([*lines, *(["", "Missing:", *missing] if missing else []), *(["", profiles] if profiles else [])])
 
 
 def plot(parts: list[dict], path: Path) -> bool:

@@ -3,20 +3,25 @@
     python load_tests/gpu_serving_worker.py JOB.json
 
 The job: ``model``, ``engine`` (arguments of vllm.LLM), ``loads``, ``rounds``, ``prompts`` (texts, may be empty),
-``out`` (JSON lines are appended). A figure is {"load": name, "rates": tokens per second of each round}; an answer is
-{"prompt", "tokens", "top": [{token id: log-probability}]}.
+``out`` (JSON lines are appended), ``traces`` (the engine's torch_profiler_dir, for decode loads with ``profile``). A
+figure is {"load": name, "rates": tokens per second of each round} or {"load": name, "profile": what
+gpu_serving_profile.decode_step returns}; an answer is {"prompt", "tokens", "top": [{token id: log-probability}]}.
 """
 
 import json
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
+
+from gpu_serving_profile import decode_step, read_trace
 
 # A prompt of a decode load: short, so that the step is the weights' and not the cache's.
 PROMPT_TOKENS = 16
 WARM_TOKENS = 8
 TOP = 5
+PROFILED_STEPS = 16
 
 
 def seconds(llm, prompts: list[list[int]], tokens: int) -> float:
@@ -31,6 +36,10 @@ def seconds(llm, prompts: list[list[int]], tokens: int) -> float:
     return end - begin
 
 
+def draw(streams: int, length: int, vocabulary: int) -> list[list[int]]:
+    return [[random.randrange(3, vocabulary) for _ in range(length)] for _ in range(streams)]
+
+
 def measure(llm, load: dict, vocabulary: int) -> float:
     """Tokens per second of one round of a load.
 
@@ -38,14 +47,26 @@ def measure(llm, load: dict, vocabulary: int) -> float:
     that happens once cancels.
     """
 
-    def prompts(length: int) -> list[list[int]]:
-        return [[random.randrange(3, vocabulary) for _ in range(length)] for _ in range(load["streams"])]
-
     if load["kind"] == "prefill":
-        return load["streams"] * load["tokens"] / seconds(llm, prompts(load["tokens"]), 1)
-    short = prompts(PROMPT_TOKENS)
+        prompts = draw(load["streams"], load["tokens"], vocabulary)
+        return load["streams"] * load["tokens"] / seconds(llm, prompts, 1)
+    short = draw(load["streams"], PROMPT_TOKENS, vocabulary)
     once = seconds(llm, short, WARM_TOKENS)
     return load["streams"] * load["tokens"] / (seconds(llm, short, WARM_TOKENS + load["tokens"]) - once)
+
+
+def profile(llm, load: dict, vocabulary: int, rate: float, traces: Path) -> dict:
+    """A decode step of this load by groups of kernels; ``rate`` is the load's tokens per second without a profiler."""
+    prompts = draw(load["streams"], PROMPT_TOKENS, vocabulary)
+    found = []
+    for tokens in (WARM_TOKENS, WARM_TOKENS + PROFILED_STEPS):
+        before = set(traces.rglob("*.json*"))
+        llm.start_profile()
+        seconds(llm, prompts, tokens)
+        llm.stop_profile()
+        (trace,) = set(traces.rglob("*.json*")) - before
+        found.append(read_trace(trace))
+    return decode_step(*found, PROFILED_STEPS, 1e6 * load["streams"] / rate)
 
 
 def answer(llm, prompts: list[str], tokens: int):
@@ -75,10 +96,15 @@ def main() -> None:
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     for line in answer(llm, job["prompts"], job["answer_tokens"]) if job["prompts"] else ():
         write(line)
+    measured = {}
     for load in job["loads"]:
         measure(llm, load, vocabulary)  # compiles and allocates
-        rates = [measure(llm, load, vocabulary) for _ in range(job["rounds"])]
+        rates = measured[load["name"]] = [measure(llm, load, vocabulary) for _ in range(job["rounds"])]
         write({"load": load["name"], "rates": rates})
+    for load in job["loads"]:
+        if load.get("profile"):
+            rate = statistics.median(measured[load["name"]])
+            write({"load": load["name"], "profile": profile(llm, load, vocabulary, rate, Path(job["traces"]))})
 
 
 if __name__ == "__main__":

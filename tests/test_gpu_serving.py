@@ -16,6 +16,7 @@ from vllm_flute.errors import FluteError
 LOAD_TESTS = Path(__file__).resolve().parent.parent / "load_tests"
 sys.path.insert(0, str(LOAD_TESTS))
 import gpu_serving  # noqa: E402
+import gpu_serving_profile  # noqa: E402
 import gpu_serving_report  # noqa: E402
 from gpu_serving_models import SHAPES, Variant, write_dummy  # noqa: E402
 
@@ -175,6 +176,69 @@ def test_served_figures_are_compared_by_output_tokens(part, capsys):
     assert "| flute-4-g128-head | 75.0 (1.50x) | - |" in gpu_serving_report.table(part.data)
 
 
+# ---- where a step's time goes ----
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("void flute::cuda::lut_mma<4, false, flute::cuda::MmaTile<8> >(flute::cuda::MmaParameters)", "flute"),
+        ("vllm_flute::lut_linear_v1", "flute"),
+        ("gemv", "flute"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...> > >(Params)", "attention"),
+        ("void vllm::reshape_and_cache_flash_kernel<__nv_bfloat16, ...>(...)", "attention"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "other matrix products"),
+        ("void marlin::Marlin<...>(...)", "other matrix products"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16, ...>(...)", "other matrix products"),
+        ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0", "norms"),
+        ("triton_poi_fused_mul_silu_1", "activation"),
+        ("void vllm::act_and_mul_kernel<...>(...)", "activation"),
+        ("void vllm::rotary_embedding_kernel<...>(...)", "rotary"),
+        ("void at::native::reduce_kernel<512, 1, ReduceOp<float, ArgMaxOps<float>, ...> >(...)", "sampling"),
+        ("Memcpy DtoD (Device -> Device)", "copies and fills"),
+        ("aten::normal_", "other"),
+    ],
+)
+def test_groups_of_kernels(kernel, group):
+    assert gpu_serving_profile.group_of(kernel) == group
+
+
+def trace(path: Path, events: list[tuple]) -> Path:
+    keys = ("cat", "name", "ts", "dur", "tid")
+    spans = [dict(zip(keys, event, strict=True)) | {"ph": "X"} for event in events]
+    path.write_text(json.dumps({"traceEvents": [*spans, {"ph": "M", "name": "process_name"}]}))
+    return path
+
+
+def test_a_trace_counts_kernels_where_there_are_any_else_operators_own_time(tmp_path):
+    operators = [
+        ("cpu_op", "aten::linear", 0, 10, 1),
+        ("cpu_op", "aten::addmm", 2, 6, 1),
+        ("cpu_op", "aten::t", 3, 1, 1),
+    ]
+    operators += [("cpu_op", "aten::addmm", 10, 5, 1), ("cpu_op", "aten::t", 4, 7, 2)]
+    own = gpu_serving_profile.read_trace(trace(tmp_path / "a.json", operators))
+    assert own == {"aten::linear": (4, 1), "aten::addmm": (10, 2), "aten::t": (8, 2)}
+    kernels = [("kernel", "nvjet", 0, 3, 7), ("gpu_memset", "Memset (Device)", 9, 1, 7), ("kernel", "nvjet", 4, 2, 7)]
+    found = gpu_serving_profile.read_trace(trace(tmp_path / "b.json", operators + kernels))
+    assert found == {"nvjet": (5, 2), "Memset (Device)": (1, 1)}
+
+
+def test_a_step_is_the_difference_of_two_generations(part, capsys):
+    short = {"flute::cuda::lut_mma": (100.0, 10), "prefill_gemm": (50.0, 1)}
+    long = {"flute::cuda::lut_mma": (260.0, 26), "prefill_gemm": (50.0, 1), "rms_norm": (40.0, 8), "nvjet": (20.0, 4)}
+    step = gpu_serving_profile.decode_step(short, long, steps=4, step_us=80.0)
+    assert step["groups"] == {
+        "flute": [40.0, 4.0], "norms": [10.0, 2.0], "other matrix products": [5.0, 1.0], "gap": [25.0, 0]
+    }  # fmt: skip
+    assert step["top"][0] == ["flute::cuda::lut_mma", "flute", 40.0, 4.0]
+    part.figure("flute-4-g128", "decode x1", [12500.0])
+    part.profile("flute-4-g128", "decode x1", step)
+    text = gpu_serving_report.table(part.data)
+    assert "| | step | flute | norms | other matrix products | gap | outside matrix products |" in text
+    assert "| flute-4-g128 | 80 | 40 (4) | 10 (2) | 5 (1) | 25 | 35 (44%) |" in text
+
+
 # ---- the command ----
 
 
@@ -206,3 +270,8 @@ def test_a_dry_run_measures_tiny_shapes(tmp_path):
     assert list(figures) == ["decode x1", "decode x2", "prefill 64"]
     assert all(rate > 0 for rates in figures.values() for rate in rates)
     assert "DRY RUN" in (tmp_path / "out/report.md").read_text()
+    step = result["variants"]["flute-4-g64-head"]["profile"]["decode x2"]
+    # Two layers of four linears, and the head.
+    assert step["groups"]["flute"][1] == 9 and step["groups"]["flute"][0] > 0
+    assert step["groups"]["norms"][1] == 5 and step["groups"]["activation"][1] == 2 <= step["groups"]["attention"][1]
+    assert step["groups"].get("other matrix products", [0, 0])[1] == 0
