@@ -1,0 +1,204 @@
+"""GGUF models of the LLaMA family (llama.cpp's files)."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from ...errors import FluteError
+from ...quantization import quantize
+from ..config import FUSED, LayerSpec
+from ..output import write_json
+from .base import Converted
+from .gguf_config import ROPE_FREQS, expected_shapes, hf_name, llama_config, rotary_rows, token_ids
+from .gguf_file import GgufFile
+from .gguf_tokenizer import check_tokenizer, write_tokenizer
+from .gguf_types import FLOAT, TABLES, dequantize_rows, to_lut, widen
+from .scales import ROUNDED
+
+NAME = "gguf"
+# What layers become that no table fits, with --allow-lossy.
+_LOSSY = LayerSpec(4, 32)
+_BLOCK_LINEAR = re.compile(r"(model\.layers\.\d+\.\w+\.)(\w+_proj)\.weight")
+
+
+def detect(path: Path, config: dict) -> bool:
+    if path.is_dir():
+        return not config and any(path.glob("*.gguf"))
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with open(path, "rb") as f:
+            return f.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def open_(path: Path, allow_lossy: bool) -> "GgufSource":
+    return GgufSource(path, allow_lossy)
+
+
+def _only_file(path: Path) -> Path:
+    """The model in a directory of GGUF files; a split model counts as one."""
+    models = [p for p in sorted(path.glob("*.gguf")) if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name)]
+    if len(models) != 1:
+        names = ", ".join(p.name for p in models[:5]) or "parts of a split one without the first"
+        raise FluteError(f"{path} holds {len(models)} GGUF models ({names}): give the file to import")
+    return models[0]
+
+
+class GgufSource:
+    """A LLaMA model in GGUF, as `Source`.
+
+    Linear layers whose type is a table times a scale become lut-v1 as they are. The embedding, and a head of another
+    type, are decoded to fp16. Layers of types that no table fits are quantized again, 4-bit NormalFloat in groups
+    of 32, where that is allowed; layers in floating point stay.
+
+    Raises:
+        FluteError: see `GgufFile`, `llama_config` and `check_tokenizer`; tensors that are missing, not known or of
+            other shapes; layers that only ``allow_lossy`` can convert.
+    """
+
+    kind = NAME
+
+    def __init__(self, path: Path, allow_lossy: bool):
+        self.path = path
+        self.file = GgufFile(_only_file(path) if path.is_dir() else path)
+        self.files, self.nbytes = self.file.files, self.file.nbytes
+        self._config = llama_config(self.file)
+        self._check_shapes()
+        self.stored = {hf_name(name): name for name in self.file.tensors if name != ROPE_FREQS}
+        self.has_tokenizer = check_tokenizer(self.file, self._config["vocab_size"])
+        self.specs: dict[str, LayerSpec] = {}
+        self.lossy: set[str] = set()
+        self.affine: set[str] = set()
+        self.notes: list[str] = [] if self.has_tokenizer else ["the file has no tokenizer"]
+        self._plan(allow_lossy)
+
+    def _check_shapes(self) -> None:
+        path, tensors = self.file.path, self.file.tensors
+        expected = expected_shapes(self._config)
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise FluteError(f"{path} lacks the tensor {name}: it is no whole LLaMA model; fetch it again")
+            if tensors[name].shape != shape:
+                raise FluteError(
+                    f"{path}: {name} is {tensors[name].type} {list(tensors[name].shape)}, expected {list(shape)} "
+                    "from its metadata"
+                )
+            if len(shape) == 1 and tensors[name].type not in FLOAT:
+                raise FluteError(f"{path}: {name} is {tensors[name].type}, expected F32, F16 or BF16")
+        if unknown := sorted(tensors.keys() - expected.keys() - {ROPE_FREQS}):
+            raise FluteError(
+                f"{path} has {len(unknown)} tensors that import does not know in a LLaMA ({unknown[0]}): it would "
+                "not be the same model without them"
+            )
+
+    def _type(self, name: str) -> str:
+        """GGUF's type of a tensor by its Hugging Face name."""
+        return self.file.tensors[self.stored[name]].type
+
+    def _plan(self, allow_lossy: bool) -> None:
+        """Decide what each linear layer becomes; layers that vLLM fuses agree in bits and group size."""
+        refused = []
+        done = set()
+        for name in self.stored:
+            found = _BLOCK_LINEAR.fullmatch(name)
+            if not found or name in done:
+                continue
+            parts = next((group for group in FUSED if found[2] in group), (found[2],))
+            names = [f"{found[1]}{part}.weight" for part in parts]
+            done.update(names)
+            types = {n: self._type(n) for n in names}
+            if all(kind in FLOAT for kind in types.values()):
+                continue
+            exact = [TABLES[kind].spec for kind in types.values() if kind in TABLES]
+            # Wider codes and smaller groups say the same.
+            spec = LayerSpec(max(s.bits for s in exact), min(s.group_size for s in exact)) if exact else _LOSSY
+            affine = any(kind in TABLES and TABLES[kind].affine for kind in types.values())
+            for n, kind in types.items():
+                self.specs[n.removesuffix(".weight")] = spec
+                if affine:
+                    self.affine.add(n.removesuffix(".weight"))
+                if kind not in TABLES:
+                    self.lossy.add(n.removesuffix(".weight"))
+                    refused.append((n, kind))
+        head = "lm_head.weight"
+        if head in self.stored and self._type(head) in TABLES:
+            self.specs["lm_head"] = TABLES[self._type(head)].spec
+            if TABLES[self._type(head)].affine:
+                self.affine.add("lm_head")
+        if refused:
+            kinds = ", ".join(sorted({kind for _, kind in refused}))
+            if not allow_lossy:
+                raise FluteError(
+                    f"{self.file.path}: {len(refused)} linear layers ({refused[0][0]} and others) are {kinds}, or "
+                    "fused with such, which no table times a scale can say: give --allow-lossy to quantize them again "
+                    "(4-bit NormalFloat), or take a file in Q4_0, Q4_1, IQ4_NL, IQ4_XS, TQ1_0 or TQ2_0"
+                )
+            self.notes.append(f"{len(refused)} linear layers ({kinds}) are quantized again to 4-bit NormalFloat")
+        rounded = [n for n in self.stored if self._rounded(n)]
+        if rounded:
+            kinds = ", ".join(f"{n} ({self._type(n)})" for n in rounded)
+            self.notes.append(f"decoded to float16: {kinds}")
+
+    def _rounded(self, name: str) -> bool:
+        """Whether a plain tensor of the output is decoded from a quantized type."""
+        return name.removesuffix(".weight") not in self.specs and self._type(name) not in FLOAT
+
+    def config(self) -> dict:
+        return dict(self._config)
+
+    def tensors(self) -> list[str]:
+        return list(self.stored)
+
+    def quantized(self) -> dict[str, LayerSpec]:
+        return dict(self.specs)
+
+    def _rows(self, layer: str, n: int) -> torch.Tensor | None:
+        """Which stored rows are the rows of q or k, or None for other layers."""
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(layer.rpartition(".")[2])
+        return rotary_rows(n, self._config[heads]) if heads else None
+
+    def convert(self, layer: str) -> Converted:
+        name = self.stored[f"{layer}.weight"]
+        kind, spec = self.file.tensors[name].type, self.specs[layer]
+        rows = self._rows(layer, self.file.tensors[name].shape[0])
+        if layer in self.lossy:
+            weight = self._decoded(name, torch.float32)
+            weight = weight if rows is None else weight[rows]
+            t = quantize(weight, *spec, "nf", torch.float16, name)
+            lost = (t.dequantize() - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            note = f"{kind} quantized again: relative error {lost:.3f}"
+            return Converted(widen(t, spec, layer in self.affine), False, note)
+        stored = self.file.rows(name)
+        t, exact = to_lut(stored if rows is None else stored[rows.numpy()], kind, name)
+        return Converted(widen(t, spec, layer in self.affine), exact, "" if exact else f"{kind} {ROUNDED}")
+
+    def _decoded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        try:
+            weight = dequantize_rows(self.file, name, dtype)
+        except NotImplementedError:
+            raise FluteError(
+                f"{self.file.path}: the installed gguf package cannot decode {name} ({self.file.tensors[name].type}): "
+                "upgrade gguf"
+            ) from None
+        if not torch.isfinite(weight).all():
+            raise FluteError(f"{self.file.path}: {name} has values that are not finite in {dtype}: fetch it again")
+        return weight
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored = self.stored[name]
+        t = self.file.tensors[stored]
+        if t.type in FLOAT:
+            weight = torch.from_numpy(self.file.rows(stored)).view(FLOAT[t.type]).view(t.shape)
+        else:
+            weight = self._decoded(stored, torch.float16)
+        rows = self._rows(name.removesuffix(".weight"), t.shape[0])
+        return weight if rows is None else weight[rows]
+
+    def extra_files(self, out: Path) -> None:
+        if self.has_tokenizer:
+            write_tokenizer(self.file, out, self._config["max_position_embeddings"])
+        if ids := token_ids(self.file.metadata):
+            write_json(out / "generation_config.json", ids)
