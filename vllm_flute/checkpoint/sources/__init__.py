@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ...errors import FluteError
 from ..reader import CONFIG, read_json, resolve
-from . import bitnet, bitsandbytes, compressed_tensors, higgs, modelopt, mxfp4, upstream_flute
+from . import awq, bitnet, bitsandbytes, compressed_tensors, gptq, higgs, modelopt, mxfp4, upstream_flute
 from .base import Converted, Source
 
 # The first that recognises a checkpoint opens it.
-MODULES = (upstream_flute, bitsandbytes, compressed_tensors, modelopt, mxfp4, bitnet, higgs)
+MODULES = (upstream_flute, gptq, awq, bitsandbytes, compressed_tensors, modelopt, mxfp4, bitnet, higgs)
 
 
 def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
