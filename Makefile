@@ -10,10 +10,11 @@ CODEBOOK ?= nf
 OUT ?=
 PORT ?= 8000
 VLLM_ARGS ?=
+LOAD_ARGS ?=
 
 INSTALL = $(PYTHON) deploy/install.py $(if $(DEVICE),--device $(DEVICE))
 
-.PHONY: help serve install test clean
+.PHONY: help serve install test load clean
 
 help:
 	@echo 'make serve    install, quantize a model and serve it on PORT (8000), OpenAI-compatible'
@@ -21,6 +22,7 @@ help:
 	@echo '              BITS=4 GROUP_SIZE=64 CODEBOOK=nf OUT=models/... PORT=8000 VLLM_ARGS="..."'
 	@echo 'make install  vLLM, PyTorch and this project into .venv, for this machine (DEVICE=cpu|cuda to choose)'
 	@echo 'make test     lint and all tests'
+	@echo 'make load     load a server, write bench-results/load/report.html; LOAD_ARGS="--scenario soak ..." (--help lists them)'
 	@echo 'make clean    remove what was built; .venv and models/ stay'
 
 install:
@@ -34,6 +36,10 @@ test:
 	@$(INSTALL) --dev
 	.venv/bin/ruff check
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+load:
+	@$(INSTALL) --dev
+	.venv/bin/python -m load_tests.load $(if $(MODEL),--model '$(MODEL)') $(LOAD_ARGS)
 
 clean:
 	rm -rf build dist vllm_flute/*.so .pytest_cache .ruff_cache .hypothesis

@@ -7,11 +7,13 @@ from ..errors import FluteError
 
 
 class Client:
-    """A server at ``url`` that serves one model."""
+    """A server at ``url`` that serves one model; ``key``: the API key that it asks for, if any."""
 
-    def __init__(self, url: str, timeout: float = 600):
+    def __init__(self, url: str, timeout: float = 600, key: str = ""):
         self.url, self.timeout = url.rstrip("/"), timeout
         self.session = requests.Session()
+        if key:
+            self.session.headers["Authorization"] = f"Bearer {key}"
 
     def post(self, path: str, body: dict) -> dict:
         """POST JSON, return JSON; FluteError with the server's own message where it refuses."""
