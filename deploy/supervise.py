@@ -82,7 +82,7 @@ def clear(seen: set[str]) -> None:
             os.kill(process, signal.SIGKILL)
     while left and descendants(os.getpid()):
         time.sleep(0.05)
-        reap()
+    reap()
     for path in sorted(seen - mapped(parents())):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
