@@ -134,7 +134,7 @@ class CompressedTensors(Directory):
         packed, name = self.headers[f"{layer}.weight_packed"], f"{layer}.weight_shape"
         if name not in self.headers or self.headers[name].numel != 2 or self.headers[name].dtype not in ("I64", "I32"):
             raise FluteError(f"{name} is missing or not two integers: fetch the checkpoint again")
-        n, k = self.tensor(name).tolist()
+        n, k = self.tensor(name).flatten().tolist()
         bits = [b for b in BITS if k > 0 and -(-k // (32 // b)) == packed.shape[1]]
         if n != packed.shape[0] or len(bits) != 1 or k % 8:
             raise FluteError(
