@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from .. import __version__
-from ..codebook import check_bits, default_codebook, make_codebook
+from ..codebook import BITS, check_bits, default_codebook, make_codebook
 from ..errors import FluteError
 from ..format import GROUP_SIZES, PARTS, SCALE_DTYPES, LutTensor
 from ..quantization import FITTED, METHODS, gptq, quantize
 from .calibrate import Calibration, calibration_tokens
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
+from .mixed import mix
 from .output import Output, copy_files
 from .reader import Checkpoint
 from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
 from .rotate import EMBEDDING, RotatedCheckpoint
+from .sensitivity import sample_tokens, sensitivities
 
 # Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
 # itself (32768 elements), because many small parallel sections crawl on a machine whose cores are busy.
@@ -161,6 +163,7 @@ def quantize_checkpoint(
     calibrate: str | Path | None = None,
     tokens: int = 32768,
     rotate: bool = False,
+    target_bits: float | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -186,6 +189,8 @@ def quantize_checkpoint(
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
             errors by the inputs' second moments. LLaMA's architecture only.
         rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
+        target_bits: choose the width of each layer for so many bits a weight on average, scales included (see `mix`);
+            ``bits`` then counts for the output head only. LLaMA's architecture only.
         overwrite: replace another result of this tool in ``out``.
         progress: called as ``progress(done, total, label)`` after each output shard.
 
@@ -224,6 +229,22 @@ def quantize_checkpoint(
     shapes = {name.removesuffix(".weight"): source.headers[stored].shape for name, stored in weights.items()}
     label = codebook if isinstance(codebook, str) else "custom"
     lut = _plan(shapes, bits, group_size, label, ignore, overrides)
+    ids = calibration_tokens(source, calibrate, tokens) if calibrate else None
+
+    def rounded(tensor: torch.Tensor, squares: torch.Tensor, width: int, layer: str) -> torch.Tensor:
+        """A weight at another width, without compensation of errors: what widths are compared by."""
+        size = lut.layer(layer).group_size
+        how = ("absmax", None) if method == "absmax" else ("scale-search", squares)
+        return quantize(tensor, width, size, codebook, scale_dtype, layer, *how).dequantize()
+
+    if target_bits is not None:
+        for width in BITS:
+            _check_options(width, group_size, codebook, scale_dtype, "--target-bits: ")
+
+        def losses(names: list[str]) -> dict[str, dict[int, float]]:
+            return sensitivities(source, sample_tokens(source, ids), names, rounded, progress)
+
+        lut = mix(lut, shapes, target_bits, list(overrides), losses)
 
     def final(layer: int) -> dict[str, torch.Tensor]:
         """The weights of a decoder layer that is written, dequantized, by their names within it."""
@@ -259,7 +280,6 @@ def quantize_checkpoint(
     options |= {"method": method, "rotate": rotate}
     calibration = None
     if calibrate:
-        ids = calibration_tokens(source, calibrate, tokens)
         options["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         calibration = Calibration(source, ids, final, full=method == "gptq")
     with Output(out, fingerprint(source, options), overwrite) as output:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,13 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Directory or hub id of a checkpoint in safetensors.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     bits: Annotated[int, typer.Option(help="Bits of a code: 2, 3 or 4.")] = 4,
+    target_bits: Annotated[
+        float,
+        typer.Option(
+            help="Choose 2, 3 or 4 bits for each layer by what the model loses, for so many bits a weight on average, "
+            "scales included; --bits then counts for the output head."
+        ),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a scale: 16, 32, 64, 128, 256, or 0 for a whole row.")
     ] = 64,
@@ -105,17 +113,20 @@ def quantize(
             calibrate=calibrate,
             tokens=tokens,
             rotate=rotate,
+            target_bits=target_bits,
             overwrite=overwrite,
             progress=progress,
         )
     seconds = time.monotonic() - begin
     adjusted = [layer for layer in report.layers if layer.adjusted]
     worst = max(report.layers, key=lambda layer: layer.error)
+    counts = Counter(layer.bits for layer in report.layers)
+    widths = ", ".join(f"{count} of {width} bits" for width, count in sorted(counts.items()))
     table = Table(show_header=False)
     table.add_row("output", str(output))
     table.add_row(
         "layers",
-        f"{len(report.layers)} of {bits} bits, group {group_size or 'a row'}, codebook {report.config.codebook}",
+        f"{widths}, group {group_size or 'a row'}, codebook {report.config.codebook}",
     )
     calibrated = f", calibrated with {report.calibration_tokens} tokens" if calibrate else ""
     table.add_row("method", report.method + calibrated + (", rotated" if rotate else ""))
