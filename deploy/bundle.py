@@ -64,6 +64,7 @@ LEFT_OUT = {
     "fastsafetensors": "another loader of checkpoints",
     "nvtx": "ranges for profilers",
     "torchaudio": "audio input",
+    "torchvision": "image input",
     "torchcodec": "video and audio input",
     "pynvvideocodec": "video input",
     "opencv-python-headless": "58: video input",
@@ -327,14 +328,15 @@ def pack(
 # ---- doing it ----
 
 
-def build_project(folder: Path) -> Path:
-    """The project's wheel, with GPU kernels where there is nvcc."""
+def build_project(folder: Path, archs: str) -> Path:
+    """The project's wheel, with GPU kernels for ``archs`` (empty: all) where there is nvcc."""
     cuda = shutil.which("nvcc") is not None
     if not cuda:
         print("no nvcc on the PATH: the project's wheel is built without GPU kernels", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", scratch, str(ROOT)]
-        command += ["-Ccmake.define.FLUTE_CUDA=on"] if cuda else []
+        if cuda:
+            command += ["-Ccmake.define.FLUTE_CUDA=on", f"-Ccmake.define.FLUTE_CUDA_ARCHS={archs}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BundleError(f"building the project's wheel failed:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -352,6 +354,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="folder for downloads, kept; with --offline the only source")
     parser.add_argument("--offline", action="store_true")
     parser.add_argument("--project", type=Path, help="a built wheel of vllm-flute; default: build it")
+    parser.add_argument("--archs", default="", help="compute capabilities of its GPU kernels; default: all")
     parser.add_argument("--add", type=Path, action="append", default=[], help="also a file or folder, into TARGET")
     parser.add_argument("--keep", action="append", default=[], help="a file of vLLM's wheel that is else left out")
     parser.add_argument("--part-mib", type=float, default=60)
@@ -363,7 +366,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         wheels = Wheels(args.wheels or Path(scratch), target, args.offline)
         vllm = wheels.get(f"vllm=={args.vllm}")
-        project = args.project or build_project(wheels.folder)
+        project = args.project or build_project(wheels.folder, args.archs)
         chosen, relied = resolve([vllm, project], wheels)
         limit = int(args.part_mib * MIB)
         manifest = pack(chosen, relied, args.python, args.add, args.out, limit, args.keep)

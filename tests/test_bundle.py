@@ -63,7 +63,15 @@ def test_a_host_list_is_read_or_named(bundle, tmp_path):
 
 def test_what_the_host_has_stays_there_and_the_rest_travels(bundle, wheels, tmp_path):
     folder = tmp_path / "wheels"
-    requires = ["torch==2.11.0", "on_host>=1", "old_on_host>=2", "numba", 'windows; sys_platform == "win32"', "a[more]"]
+    requires = [
+        "torch==2.11.0",
+        "on_host>=1",
+        "old_on_host>=2",
+        "numba",
+        "torchvision==0.26.0",
+        'windows; sys_platform == "win32"',
+        "a[more]",
+    ]
     root = make_wheel(folder, "root", "1", [*requires, 'never; extra == "bench"'])
     make_wheel(folder, "old_on_host", "2")
     make_wheel(folder, "a", "1", ["b", 'c; extra == "more"', 'd; extra == "other"'])
