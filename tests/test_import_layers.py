@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_flute"
 # A module imports from its own layer and those before it.
 LAYERS = (
-    {"errors", "codebook", "packing", "reference", "format", "layout"},
+    {"errors", "codebook", "packing", "reference", "format", "layout", "extensions"},
     {"ops", "counters", "backends", "dispatch"},
     {"quantization", "checkpoint"},
     {"vllm_plugin"},

@@ -12,6 +12,7 @@ import torch
 from . import reference
 from .backends import Kernel, cpu, cuda, portable, rows, triton
 from .errors import FluteError
+from .extensions import add_offsets, permuted
 from .format import LutTensor
 from .layout import ROWS, Layout
 from .ops import lut_linear_op, lut_pack_op
@@ -111,11 +112,12 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
         raise FluteError(f"x has K={x.shape[-1]}, {t.name} has K={k}")
     if kernel == "reference":
         return reference.linear(x, t, bias)
+    x = permuted(x, t.perm)
     if kernel == triton.NAME:
         if "rows" not in t.packed:
             header = Layout(ROWS, t.bits, t.group_size, k, t.scales.dtype, (n,)).header()
             t.packed["rows"] = rows.pack(t.qweight, t.scales, t.codebook[None], header), header
-        return triton.linear(x, *t.packed["rows"], bias)
+        return add_offsets(triton.linear(x, *t.packed["rows"], bias), x, t.offsets)
     names = [item.name for item in kernels(x.device.type)]
     if kernel and kernel not in names:
         known = ", ".join(dict.fromkeys(("reference", *names, triton.NAME)))
@@ -124,6 +126,7 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
         t.packed["packed"] = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [n])
     packed, header = t.packed["packed"]
     try:
-        return lut_linear_op(x, packed, header, bias, n, kernel or "")
+        y = lut_linear_op(x, packed, header, bias, n, kernel or "")
     except RuntimeError as e:  # how the native library refuses a call
         raise FluteError(str(e).splitlines()[0]) from e
+    return add_offsets(y, x, t.offsets)

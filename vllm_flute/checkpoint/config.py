@@ -80,6 +80,12 @@ def check_fused(specs: Mapping[str, LayerSpec | None]) -> None:
                 raise FluteError(f"vLLM fuses {found} into one layer: quantize them alike, or ignore all of them")
 
 
+def fused_with(name: str) -> list[str]:
+    """The other matrices that vLLM makes one layer with the linear of this name."""
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.{part}" for group in FUSED if last in group for part in group if part != last]
+
+
 def _layer_spec(values: Mapping[str, Any], where: str) -> LayerSpec:
     for key in ("bits", "group_size"):
         if type(values.get(key)) is not int:

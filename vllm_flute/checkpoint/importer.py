@@ -10,7 +10,7 @@ import torch
 from .. import __version__
 from ..errors import FluteError
 from ..format import EXTENSIONS, LutTensor
-from .config import HEAD, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
+from .config import HEAD, LayerSpec, LutConfig, check_fused, check_pattern, first_match, fused_with, matches
 from .output import Output
 from .rewrite import Progress, rewrite
 from .sources import Source, open_source
@@ -125,11 +125,25 @@ def import_checkpoint(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise FluteError(f"{source.path}: the model's dtype is {name!r}, expected bfloat16, float16 or float32")
 
+    orders: dict[str, torch.Tensor | None] = {}
+
+    def check_order(layer: str, perm: torch.Tensor | None) -> None:
+        """vLLM reads the inputs of a fused layer in one order."""
+        orders[layer] = perm
+        for other in fused_with(layer):
+            same = orders.get(other, perm)
+            if (same is None) != (perm is None) or (perm is not None and not torch.equal(same, perm)):
+                raise FluteError(
+                    f"{layer} and {other} are one layer in vLLM, but act-order sorts their inputs differently: "
+                    "quantize the source without act-order"
+                )
+
     def convert(unit: str) -> tuple[dict[str, torch.Tensor], dict | None]:
         layer = unit.removesuffix(".weight")
         if layer not in quantized:
             return {unit: source.tensor(unit)}, None
         made = source.convert(layer)
+        check_order(layer, made.lut.perm)
         n, k = made.lut.shape
         if not lut.is_ignored(layer):
             report = ImportedLayer(layer, n, k, *quantized[layer], made.lut.nbytes, made.exact, made.note)

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from ..errors import FluteError
-from ..format import PARTS
-from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused
+from ..format import EXTENSIONS, PARTS
+from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, fused_with
 from .reader import Checkpoint, Header
 
 _SCALE_DTYPES = ("BF16", "F16")
+_OFFSET_DTYPES = ("F32", *_SCALE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ def _layer(name: str, parts: Mapping[str, Header], spec: LayerSpec) -> LayerInfo
         refuse("qweight", qweight, f"a K that is a multiple of the group size, not {k}")
     if scales.dtype not in _SCALE_DTYPES or scales.shape != (n, k // group):
         refuse("scales", scales, f"BF16 or F16 [{n}, {k // group}]")
-    nbytes = qweight.nbytes + scales.nbytes + codebook.nbytes
+    if (offsets := parts.get("offsets")) and (offsets.dtype not in _OFFSET_DTYPES or offsets.shape != scales.shape):
+        refuse("offsets", offsets, f"F32, BF16 or F16 {list(scales.shape)}")
+    if (perm := parts.get("perm")) and (perm.dtype != "I32" or perm.shape != (k,)):
+        refuse("perm", perm, f"I32 [{k}]")
+    nbytes = sum(header.nbytes for header in parts.values())
     return LayerInfo(name, n, k, bits, group, scales.dtype, nbytes)
 
 
@@ -81,6 +86,21 @@ def _check_linear(source: Checkpoint, config: LutConfig, layers: Mapping[str, La
     check_fused(specs | dict.fromkeys(plain))
 
 
+def _check_perms(source: Checkpoint, found: Mapping[str, Mapping[str, Header]]) -> None:
+    """Raise FluteError for what is no permutation, and where matrices that vLLM fuses read their inputs differently."""
+    perms = {name: source.tensor(f"{name}.perm") for name, parts in found.items() if "perm" in parts}
+    for name, perm in perms.items():
+        if not torch.equal(perm.sort().values, torch.arange(perm.numel(), dtype=torch.int32)):
+            raise FluteError(f"{name}.perm is no permutation of 0 to {perm.numel() - 1}: import the source again")
+    for name, perm in perms.items():
+        for other in fused_with(name):
+            if other in found and (other not in perms or not torch.equal(perm, perms[other])):
+                raise FluteError(
+                    f"vLLM fuses {name} and {other} into one layer, but their inputs are in different orders (perm): "
+                    "quantize the source again with one order for both, or without act-order"
+                )
+
+
 def check_layers(source: Checkpoint) -> list[LayerInfo]:
     """`check_checkpoint` for an opened checkpoint."""
     if "quantization_config" not in source.config:
@@ -95,17 +115,24 @@ def check_layers(source: Checkpoint) -> list[LayerInfo]:
     found: dict[str, dict[str, Header]] = {}
     for key, header in source.headers.items():
         name, _, part = key.rpartition(".")
-        if part in PARTS:
+        if part in (*PARTS, *EXTENSIONS):
             found.setdefault(name, {})[part] = header
     if not found:
         raise FluteError(f"{source.path} has no quantized layer, although its config.json says so: quantize again")
+    found = {name: parts for name, parts in found.items() if not parts.keys() <= {*EXTENSIONS}}
     for name, parts in found.items():
+        if unlisted := [part for part in EXTENSIONS if part in parts and part not in config.extensions]:
+            raise FluteError(
+                f"{source.path / 'config.json'}: quantization_config's extensions must list {unlisted[0]!r}, which "
+                f"{name} has"
+            )
         if missing := [part for part in PARTS if part not in parts]:
             present = next(iter(parts))
             raise FluteError(f"{name}.{missing[0]} is missing from {source.path}, which has {present}: quantize again")
         if f"{name}.weight" in source.headers:
             raise FluteError(f"{source.path} has both {name}.weight and {name}.qweight: remove one of the two")
     layers = {name: _layer(name, parts, config.layer(name)) for name, parts in found.items()}
+    _check_perms(source, found)
     _check_linear(source, config, layers)
     for name in layers:
         if not torch.isfinite(source.tensor(f"{name}.codebook")).all():

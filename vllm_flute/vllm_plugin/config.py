@@ -90,6 +90,11 @@ class FluteConfig(QuantizationConfig):
     def online(self) -> bool:
         return isinstance(self.lut, OnlineConfig)
 
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Optional parts of a layer that the checkpoint has somewhere."""
+        return () if self.online else self.lut.extensions
+
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
         """Check the memory and a local checkpoint's headers before an engine starts, while an error is one line."""
         if current_platform.is_cpu():
@@ -126,6 +131,8 @@ class FluteConfig(QuantizationConfig):
         )
         if (w13 is None) != (w2 is None):
             raise FluteError(f"{prefix}: some matrices of the experts are quantized and some are not: quantize all")
+        if w13 and self.extensions:
+            raise FluteError(f"{prefix}: LUT-quantized experts do not support {' and '.join(self.extensions)}")
         return FluteMoEMethod(layer.moe_config, w13, w2, self, prefix) if w13 else None
 
     def layer_spec(self, prefix: str) -> LayerSpec | None:

@@ -12,6 +12,8 @@ from ..checkpoint import LayerSpec
 from ..codebook import make_codebook
 from ..dispatch import pack_parts
 from ..errors import FluteError
+from ..extensions import add_offsets, permuted
+from ..format import EXTENSIONS
 from ..ops import lut_linear_op
 from . import metrics, params
 
@@ -72,6 +74,12 @@ class FluteLinearMethod(LinearMethodBase):
             "scales", params.scales(n, k // group, stored_group // group, weight_loader, self.prefix)
         )
         layer.register_parameter("codebook", params.codebooks(len(output_partition_sizes), 2**bits))
+        extensions = self.config.extensions
+        if "offsets" in extensions:
+            offsets = params.offsets(n, k // group, stored_group // group, weight_loader)
+            layer.register_parameter("offsets", offsets)
+        if "perm" in extensions:
+            layer.register_parameter("perm", params.perm(k, input_size // k, self.prefix))
         self.dummy = is_dummy_load()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -86,6 +94,7 @@ class FluteLinearMethod(LinearMethodBase):
             layer.qweight.data.random_(0, 256)
             layer.codebook.data.copy_(make_codebook("nf", self.spec.bits).expand_as(layer.codebook))
             layer.scales.data.fill_(0.02)  # times NormalFloat, a deviation like a trained weight's
+        self._keep_extensions(layer)
         packed, header = pack_parts(
             layer.qweight.data, layer.scales.data, layer.codebook.data, layer.flute_group_size, layer.flute_shards
         )
@@ -96,5 +105,16 @@ class FluteLinearMethod(LinearMethodBase):
         layer.register_buffer("header", header, persistent=False)
         metrics.layer_loaded(self.prefix, self.config, packed, header)
 
+    def _keep_extensions(self, layer: torch.nn.Module) -> None:
+        """Make buffers of those that the checkpoint has for this layer, None of the others."""
+        for part in EXTENSIONS:
+            param = layer._parameters.pop(part, None)
+            kept = param is not None and param.loaded
+            if part == "perm" and kept and param.loaded != layer.codebook.loaded:
+                raise FluteError(f"{self.prefix}: only some parts of the layer have a perm: import the source again")
+            layer.register_buffer(f"flute_{part}", param.data if kept else None, persistent=False)
+
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return lut_linear_op(x, layer.weight_packed, layer.header, bias, layer.flute_n, "")
+        x = permuted(x, layer.flute_perm)
+        y = lut_linear_op(x, layer.weight_packed, layer.header, bias, layer.flute_n, "")
+        return add_offsets(y, x, layer.flute_offsets)

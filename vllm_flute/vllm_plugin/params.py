@@ -67,3 +67,31 @@ def codebooks(shards: int, size: int) -> Parameter:
         param.data[rows] = loaded_weight
 
     return _parameter(torch.zeros(shards, size, dtype=torch.float32), load)
+
+
+def offsets(n: int, groups: int, repeat: int, loader) -> Parameter:
+    """``offsets`` fp32 ``[n, groups]`` of one rank; 0 for matrices of a fused layer that have none."""
+
+    def load(param, loaded_weight, *shard_id):
+        loader(param, loaded_weight.to(torch.float32).repeat_interleave(repeat, dim=1), *shard_id)
+
+    return _parameter(torch.zeros(n, groups, dtype=torch.float32), load, input_dim=1, output_dim=0)
+
+
+def perm(k: int, ranks: int, name: str) -> Parameter:
+    """``perm`` int32 ``[k]``, the order of the layer's inputs, the same for all matrices of a fused layer.
+
+    ``ranks``: that share K, which such a layer cannot do: its inputs would come from other ranks.
+    """
+
+    def load(param, loaded_weight, shard_id=None):
+        if ranks > 1:
+            raise FluteError(
+                f"{name} has its inputs permuted (act-order), which tensor parallelism over them cannot serve: serve "
+                "with --tensor-parallel-size 1, or quantize the source without act-order"
+            )
+        if param.loaded and not torch.equal(param.data, loaded_weight.to(param.device)):
+            raise FluteError(f"{name}: parts of one fused layer have their inputs in different orders (perm)")
+        param.data.copy_(loaded_weight)
+
+    return _parameter(torch.zeros(k, dtype=torch.int32), load)

@@ -1,0 +1,143 @@
+"""What imported checkpoints need of the plugin: offsets and permuted inputs on vLLM's own layers, rank by rank."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from source_checkpoints import pack_awq, pack_gptq
+from test_plugin import PLAIN, ranks, vllm_config  # noqa: F401 (fixtures)
+from tolerance import allowed_error, assert_within_bound
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack
+
+from vllm_flute import FluteError, LutTensor, lut_linear
+from vllm_flute.checkpoint import LutConfig
+from vllm_flute.checkpoint.sources import awq
+from vllm_flute.packing import unpack_codes
+from vllm_flute.vllm_plugin.config import FluteConfig
+
+
+def config(extensions, group=64, bits=4) -> FluteConfig:
+    d = {"quant_method": "flute", "format": "lut-v1", "bits": bits, "group_size": group, "codebook": "gptq"}
+    made = FluteConfig(LutConfig.from_dict(d | {"extensions": list(extensions)}))
+    made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return made
+
+
+def tensor(n, k, bits=4, group=64, seed=0, offsets=True, perm=None) -> LutTensor:
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (n, k), generator=random, dtype=torch.uint8)
+    scales = (torch.rand(n, k // group, generator=random) * 0.1 + 0.01).half()
+    table = torch.arange(2**bits) - 2.0 ** (bits - 1)
+    moved = torch.randn(n, k // group, generator=random) * 0.1 if offsets else None
+    return LutTensor.from_codes(codes, scales, table, bits, offsets=moved, perm=perm)
+
+
+def order(k, seed=1) -> torch.Tensor:
+    return torch.randperm(k, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def load(layer, t, *shard_id):
+    for part, stored in t.parts().items():
+        param = getattr(layer, part)
+        param.weight_loader(param, stored, *shard_id)
+
+
+def finish(layer):
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_lut_linear_is_the_oracle(dtype, m):
+    t = tensor(48, 128, perm=order(128))
+    x = torch.randn(m, 128).to(dtype)
+    weight = t.dequantize()
+    codes = t.codes().float() - 8
+    by_hand = codes * t.scales.float().repeat_interleave(64, 1) + t.offsets.repeat_interleave(64, 1)
+    assert torch.equal(weight[:, t.perm.long()], by_hand)
+    expected = x.float() @ weight.T
+    # The codes' share, which may be larger than the sum, is rounded to x's dtype before the offsets' is added.
+    share = LutTensor(t.qweight, t.scales, t.codebook)
+    bound = allowed_error(x[:, t.perm], share) + x.float().abs() @ weight.abs().T * torch.finfo(dtype).eps
+    for kernel in (None, "reference"):
+        error = (lut_linear(x, t, kernel=kernel).float() - expected).abs()
+        assert (error <= bound).all(), kernel
+
+
+@pytest.mark.parametrize("size, group", [(1, 64), (2, 64), (3, 192)])
+def test_offsets_of_row_parallel_groups_that_a_rank_cuts(ranks, size, group):  # noqa: F811
+    t, x = tensor(40, 576, 4, group), torch.randn(3, 576)
+    make = partial(
+        vllm_linear.RowParallelLinear,
+        576,
+        40,
+        **PLAIN,
+        reduce_results=False,
+        quant_config=config(["offsets"], group),
+        prefix="down_proj",
+    )
+    y, k = 0, 576 // size
+    for rank, layer in enumerate(ranks(size, make)):
+        load(layer, t)
+        finish(layer)
+        y = y + layer(x[:, rank * k : (rank + 1) * k])[0]
+    assert_within_bound(y, x, t)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_qkv_where_one_part_has_offsets_and_all_have_one_order(ranks, size):  # noqa: F811
+    perm, x = order(128), torch.randn(5, 128)
+    parts = [tensor(n, 128, seed=i, offsets=i == 1, perm=perm) for i, n in enumerate((128, 32, 32))]
+    quant_config = config(["offsets", "perm"])
+    make = partial(
+        vllm_linear.QKVParallelLinear, 128, 16, 8, 2, **PLAIN, quant_config=quant_config, prefix="l.qkv_proj"
+    )
+    for rank, layer in enumerate(ranks(size, make)):
+        for t, shard in zip(parts, "qkv", strict=True):
+            load(layer, t, shard)
+        finish(layer)
+        for y, t in zip(layer(x)[0].split([128 // size, 32 // size, 32 // size], dim=-1), parts, strict=True):
+            rows = slice(rank * y.shape[1], (rank + 1) * y.shape[1])
+            mine = {part: s[rows] if s.shape[0] == t.shape[0] and s.dim() == 2 else s for part, s in t.parts().items()}
+            assert_within_bound(y, x, LutTensor.from_parts(mine))
+
+
+def test_layers_without_the_parts_are_as_before(ranks):  # noqa: F811
+    t, x = tensor(32, 64, offsets=False), torch.randn(2, 64)
+    make = partial(vllm_linear.ReplicatedLinear, 64, 32, **PLAIN, quant_config=config(["offsets", "perm"]), prefix="a")
+    (layer,) = ranks(1, make)
+    load(layer, t)
+    finish(layer)
+    assert layer.flute_offsets is None and layer.flute_perm is None
+    assert_within_bound(layer(x)[0], x, t)
+
+
+def test_orders_that_cannot_be_served(ranks):  # noqa: F811
+    make = partial(
+        vllm_linear.RowParallelLinear, 128, 32, **PLAIN, quant_config=config(["perm"]), prefix="model.o_proj"
+    )
+    layer = ranks(2, make)[0]
+    with pytest.raises(FluteError, match=re.escape("model.o_proj has its inputs permuted (act-order)")):
+        load(layer, tensor(32, 128, offsets=False, perm=order(128)))
+    make = partial(
+        vllm_linear.QKVParallelLinear, 128, 16, 8, 2, **PLAIN, quant_config=config(["perm"]), prefix="l.qkv_proj"
+    )
+    (layer,) = ranks(1, make)
+    load(layer, tensor(128, 128, offsets=False, perm=order(128)), "q")
+    with pytest.raises(FluteError, match="in different orders"):
+        load(layer, tensor(32, 128, offsets=False, perm=order(128, 2)), "k")
+    load(layer, tensor(32, 128, offsets=False), "k")
+    load(layer, tensor(32, 128, offsets=False), "v")
+    with pytest.raises(FluteError, match="only some parts of the layer have a perm"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_the_packers_of_the_sources_are_those_of_vllm():
+    codes = torch.randint(0, 16, (64, 48), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    assert torch.equal(gptq_pack(codes, 4, 64, 48), pack_gptq(codes, 4))
+    assert torch.equal(gptq_pack(codes % 4, 2, 64, 48), pack_gptq(codes % 4, 2))
+    assert torch.equal(awq_pack(codes, 4, 64, 48), pack_awq(codes))
+    assert torch.equal(unpack_codes(awq.qweight(awq_pack(codes, 4, 64, 48)), 4).int(), codes.T)
