@@ -13,7 +13,7 @@ from . import awq, bitnet, bitsandbytes, compressed_tensors, gptq, higgs, modelo
 from .base import Converted, Source
 
 # The first that recognises a checkpoint opens it.
-MODULES = (upstream_flute, gptq, awq, bitsandbytes, compressed_tensors, modelopt, mxfp4, bitnet, higgs)
+MODULES = (upstream_flute, gptq, awq, bitsandbytes, compressed_tensors, modelopt, mxfp4, bitnet, higgs, gguf)
 
 
 def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
