@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import FluteError
 from ..reader import CONFIG, read_json, resolve
-from . import awq, bitnet, bitsandbytes, compressed_tensors, gptq, higgs, modelopt, mxfp4, upstream_flute
+from . import awq, bitnet, bitsandbytes, compressed_tensors, gguf, gptq, higgs, modelopt, mxfp4, upstream_flute
 from .base import Converted, Source
 
 # The first that recognises a checkpoint opens it.
