@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from source_checkpoints import pack_awq, pack_gptq
+from source_checkpoints import pack_awq, pack_gptq, pack_upstream
 from test_plugin import PLAIN, ranks, vllm_config  # noqa: F401 (fixtures)
 from tolerance import allowed_error, assert_within_bound
 from vllm.model_executor.layers import linear as vllm_linear
@@ -141,3 +141,32 @@ def test_the_packers_of_the_sources_are_those_of_vllm():
     assert torch.equal(gptq_pack(codes % 4, 2, 64, 48), pack_gptq(codes % 4, 2))
     assert torch.equal(awq_pack(codes, 4, 64, 48), pack_awq(codes))
     assert torch.equal(unpack_codes(awq.qweight(awq_pack(codes, 4, 64, 48)), 4).int(), codes.T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2])
+def test_upstream_tensors_are_loaded_as_they_are(ranks, bits, size):  # noqa: F811
+    quant_config = FluteConfig.from_config({"quant_method": "flute", "num_bits": bits, "group_size": 64})
+    quant_config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    parts, x = [tensor(512, 128, bits, seed=i, offsets=False) for i in range(2)], torch.randn(3, 128)
+    make = partial(
+        vllm_linear.MergedColumnParallelLinear,
+        128,
+        [512, 512],
+        **PLAIN,
+        quant_config=quant_config,
+        prefix="mlp.gate_up_proj",
+    )
+    out = []
+    for layer in ranks(size, make):
+        for i, t in enumerate(parts):
+            table = t.codebook.half()
+            stored = {"weight": pack_upstream(t.codes(), bits), "scales": t.scales, "tables": table}
+            stored["tables2"] = torch.cartesian_prod(table, table).view(torch.float32)
+            for part, value in stored.items():
+                param = getattr(layer, part)
+                param.weight_loader(param, value, i)
+        finish(layer)
+        out.append(layer(x)[0].chunk(2, dim=-1))
+    for i, t in enumerate(parts):
+        assert_within_bound(torch.cat([o[i] for o in out], dim=-1), x, t)

@@ -20,9 +20,10 @@ from vllm.platforms import current_platform
 from .. import dispatch
 from ..checkpoint import LayerSpec, LutConfig, check_checkpoint
 from ..checkpoint.reader import CONFIG, read_json
+from ..checkpoint.sources import upstream_flute
 from ..errors import FluteError
 from ..format import QUANT_METHOD
-from . import metrics
+from . import metrics, upstream
 from .linear import FluteLinearMethod
 from .moe import FluteMoEMethod
 from .online import OnlineConfig, OnlineLinearMethod, check_plain
@@ -45,10 +46,12 @@ class FluteConfig(QuantizationConfig):
     """Quantization method ``flute``: lut-v1 checkpoints, and plain ones that are quantized while they load.
 
     ``lut`` None is vLLM's way to say: --quantization flute, and a config.json without quantization_config.
+    ``upstream``: the tensors are those of the package flute-kernel.
     """
 
-    def __init__(self, lut: LutConfig | OnlineConfig | None = None):
+    def __init__(self, lut: LutConfig | OnlineConfig | None = None, upstream: bool = False):
         super().__init__()
+        self.upstream = upstream
         self.lut = OnlineConfig() if lut is None else lut
         if (
             current_platform.is_cpu()
@@ -73,6 +76,8 @@ class FluteConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FluteConfig":
+        if found := upstream_flute.settings(None, {"quantization_config": config}):
+            return cls(upstream_flute.lut_config(found, "quantization_config"), upstream=True)
         return cls((OnlineConfig if config.get("online") else LutConfig).from_dict(config))
 
     @classmethod
@@ -109,7 +114,8 @@ class FluteConfig(QuantizationConfig):
                 check_checkpoint(path)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        method = OnlineLinearMethod if self.online else FluteLinearMethod
+        offline = upstream.UpstreamLinearMethod if self.upstream else FluteLinearMethod
+        method = OnlineLinearMethod if self.online else offline
         if isinstance(layer, ParallelLMHead):
             return None if self.lut.is_ignored(prefix) else method(self.layer_spec(prefix), self, prefix)
         if isinstance(layer, LinearBase):
@@ -131,8 +137,9 @@ class FluteConfig(QuantizationConfig):
         )
         if (w13 is None) != (w2 is None):
             raise FluteError(f"{prefix}: some matrices of the experts are quantized and some are not: quantize all")
-        if w13 and self.extensions:
-            raise FluteError(f"{prefix}: LUT-quantized experts do not support {' and '.join(self.extensions)}")
+        if w13 and (self.extensions or self.upstream):
+            found = " and ".join(self.extensions) or "the layout of flute-kernel: import the checkpoint"
+            raise FluteError(f"{prefix}: LUT-quantized experts do not support {found}")
         return FluteMoEMethod(layer.moe_config, w13, w2, self, prefix) if w13 else None
 
     def layer_spec(self, prefix: str) -> LayerSpec | None:
