@@ -115,7 +115,7 @@ def _offline(
     kept = windows = None
     if reference:
         model, windows = open_model(reference)
-        kept = keep_logits(model.logits(windows), windows, model.vocabulary, directory / "reference")
+        kept = keep_logits(model, windows, directory / "reference")
     for name in models:
         model, own = open_model(name)
         if windows is not None and own != windows:

@@ -43,7 +43,7 @@ class OfflineModel:
             del config.quantization_config  # the weights are given dequantized
         weights = dequantized({name: checkpoint.tensor(name) for name in checkpoint.headers})
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-        self.context, self.vocabulary = config.max_position_embeddings, config.vocab_size
+        self.dtype, self.context, self.vocabulary = dtype, config.max_position_embeddings, config.vocab_size
         self.model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
 
     def tokens(self, text: str) -> tuple[list[int], list[int]]:
@@ -58,19 +58,19 @@ class OfflineModel:
             yield self.model(torch.tensor([ids]), logits_to_keep=new + 1).logits[0, :-1]
 
 
-def keep_logits(logits: Iterable[torch.Tensor], windows: Windows, vocabulary: int, path: Path) -> list[torch.Tensor]:
-    """The logits of a reference model in a file of bf16, one mapped tensor ``[new, vocabulary]`` for each window.
+def keep_logits(model: OfflineModel, windows: Windows, path: Path) -> list[torch.Tensor]:
+    """A reference model's logits in a file, one mapped tensor ``[new, vocabulary]`` of its dtype for each window.
 
     A file of the right size is taken as it is.
     """
     rows = [new for _, new in windows]
-    size = sum(rows) * vocabulary
-    complete = path.exists() and path.stat().st_size == 2 * size
+    size = sum(rows) * model.vocabulary
+    complete = path.exists() and path.stat().st_size == size * model.dtype.itemsize
     temporary = path if complete else path.with_name(f"{path.name}.tmp")
-    stored = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.bfloat16).view(-1, vocabulary)
+    stored = torch.from_file(str(temporary), shared=True, size=size, dtype=model.dtype).view(-1, model.vocabulary)
     kept = list(stored.split(rows))
     if not complete:
-        for place, found in zip(kept, logits, strict=True):
+        for place, found in zip(kept, model.logits(windows), strict=True):
             place.copy_(found)
         temporary.rename(path)
     return kept

@@ -1,0 +1,41 @@
+"""The results of `quality.py` as a page: one table for each twin of the model."""
+
+TWINS = {"plain": "The model as it is", "rotated": "Its rotated twin"}
+HEADER = "| method | group | bits a weight | perplexity | KL | top-1 | MiB | s | peak MiB |\n" + "|---" * 9 + "|"
+
+
+def line(r: dict) -> str:
+    def cell(key: str, form: str, factor: float = 1) -> str:
+        return format(r[key] * factor, form) if key in r else "-"
+
+    perplexity = cell("perplexity", ".2f" if r["perplexity"] < 1e4 else ".2g")
+    cells = [r["method"], str(r.get("group_size", "-")), cell("bits_per_weight", ".3f"), perplexity]
+    cells += [cell("kl", ".4f"), cell("top1", ".1%"), cell("bytes", ".1f", 2**-20)]
+    cells += [cell("seconds", ".0f"), cell("peak_bytes", ".0f", 2**-20)]
+    return f"| {' | '.join(cells)} |"
+
+
+def page(results: list[dict], introduction: str) -> str:
+    """Markdown; rows by what was asked for (bits or target), bits a weight, then perplexity."""
+    parts = ["# Quality", "", introduction]
+    for twin, title in TWINS.items():
+        rows = [r for r in results if r["twin"] == twin]
+        if not rows:
+            continue
+        sections = {
+            "bf16": [r for r in rows if r["kind"] == "bf16"],
+            "4 bits": [r for r in rows if r.get("bits") == 4],
+            "3 bits": [r for r in rows if r.get("bits") == 3],
+            "2 bits": [r for r in rows if r.get("bits") == 2],
+            "mixed": [r for r in rows if "target_bits" in r],
+            "llama.cpp": [r for r in rows if r["kind"] == "llama.cpp"],
+        }
+        parts += ["", f"## {title}", "", HEADER]
+        for name, members in sections.items():
+            if members:
+                parts.append(f"| **{name}** | | | | | | | | |")
+                parts += [line(r) for r in sorted(members, key=lambda r: r["kl"])]
+        types = [f"{r['method'].removeprefix('llama.cpp ')}: {r['types']}" for r in rows if "types" in r]
+        if types:
+            parts += ["", f"llama.cpp's types stand for these types of matrices here: {'; '.join(types)}."]
+    return "\n".join(parts) + "\n"
