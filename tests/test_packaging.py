@@ -195,7 +195,8 @@ def test_test_tools_that_cannot_be_installed_are_one_line(installer, monkeypatch
     monkeypatch.setattr(installer.shutil, "which", lambda tool: tool == "apt-get")
     monkeypatch.setattr(installer.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 100))
     installer.install_test_tools()
-    assert "qemu-user, prometheus, chromium will be skipped; this failed: apt-get install" in capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "qemu-user, prometheus, chromium will be skipped; this failed: apt-get install" in line
 
 
 def test_metadata_wheel_installs(installer, tmp_path):

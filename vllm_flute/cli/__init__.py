@@ -6,7 +6,7 @@ import sys
 import typer
 
 from ..errors import FluteError
-from . import bench, demo_model, dequantize, doctor, eval, import_, inspect, quantize
+from . import bench, demo_model, dequantize, doctor, eval, import_, inspect, quantize, serve_admin
 
 app = typer.Typer(
     name="vllm-flute",
@@ -22,6 +22,7 @@ app.command("inspect")(inspect.inspect)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)
 app.command("eval")(eval.evaluate)
+app.command("serve-admin")(serve_admin.serve_admin)
 app.add_typer(bench.app, name="bench")
 
 

@@ -41,7 +41,8 @@ def _cpu() -> dict:
     }
 
 
-def _collect() -> dict:
+def collect() -> dict:
+    """JSON of versions, the machine, every kernel with why it runs here or not, and which one each call would take."""
     import torch
 
     from .. import __version__, dispatch
@@ -97,7 +98,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     import logging
 
     logging.getLogger("vllm_flute").setLevel(logging.ERROR)  # a slow path is part of the report below
-    found = _collect()
+    found = collect()
     if as_json:
         print(json.dumps(found, indent=2))
         return
