@@ -105,21 +105,33 @@ def make_mxfp4(path: Path, blocks: bool = False) -> Made:
     return Made(path, weights)
 
 
-def integer_parts(weight: torch.Tensor, bits: int, group: int, dtype=torch.bfloat16):
-    """(tensors of a pack-quantized layer, exact weight), packed by compressed-tensors."""
+def integer_parts(weight: torch.Tensor, bits: int, group: int, dtype=torch.bfloat16, zeros=False, order=False):
+    """(tensors of a pack-quantized layer, exact weight), packed by compressed-tensors.
+
+    zeros: with zero points; order: inputs are dealt to the groups in turn, as no activations would order them.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    half = 2 ** (bits - 1)
-    scales = (weight.view(len(weight), -1, group).abs().amax(-1) / (half - 0.5)).to(dtype)
-    wide = scales.float().repeat_interleave(group, 1)
-    values = (weight / wide).round().clamp(-half, half - 1)
+    half, (n, k) = 2 ** (bits - 1), weight.shape
+    index = torch.arange(k) % (k // group) if order else torch.arange(k) // group
+    groups = weight[:, index.argsort(stable=True)].view(n, -1, group)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / (2**bits - 1) if zeros else groups.abs().amax(-1) / (half - 0.5)).to(dtype)
+    points = (-half - low / scales.float()).round().clamp(-half, half - 1) if zeros else torch.zeros(scales.shape)
+    wide, point = scales.float()[:, index], points[:, index]
+    values = (weight / wide + point).round().clamp(-half, half - 1)
     parts = {"weight_packed": pack_to_int32(values.to(torch.int8), bits), "weight_scale": scales}
-    return parts | {"weight_shape": torch.tensor(weight.shape)}, values * wide
+    parts["weight_shape"] = torch.tensor(weight.shape)
+    if zeros:
+        parts["weight_zero_point"] = pack_to_int32(points.to(torch.int8), bits, packed_dim=0)
+    if order:
+        parts["weight_g_idx"] = index.to(torch.int32)
+    return parts, (values - point) * wide
 
 
-def make_pack_quantized(path: Path, bits: int = 4, group: int = 128) -> Made:
+def make_pack_quantized(path: Path, bits: int = 4, group: int = 128, zeros: bool = False) -> Made:
     def make(layer, weight):
-        parts, exact = integer_parts(weight, bits, group)
+        parts, exact = integer_parts(weight, bits, group, zeros=zeros)
         return {f"{layer}.{part}": t for part, t in parts.items()}, exact
 
     stored, weights = quantize_linears(make, torch.bfloat16)

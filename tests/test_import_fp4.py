@@ -1,6 +1,7 @@
 """MXFP4, NVFP4 and packed integers against compressed-tensors' own decompression, or the formula of their documents."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -76,23 +77,25 @@ def test_every_e8m0_scale():
     seed=st.integers(0, 1000),
 )
 def test_nvfp4_equals_its_definition(n, groups, factor, divide, seed):
-    """e2m1 * e4m3 * factor: float64's product to 2^-22, and compressed-tensors' in bf16 but for ties' last bit."""
+    """e2m1 * e4m3 * factor: float64's product to 2^-22; compressed-tensors' one, of float32, to the same or bf16's last
+    bit, as which it comes out with more than one group.
+    """
     from compressed_tensors.compressors import NVFP4PackedCompressor
 
-    factor = torch.tensor([factor])
-    stored = 1 / factor if divide else factor
-    packed, scales, values = nvfp4_parts(random_weight(n, 16 * groups, seed) * factor, factor.item() / 448)
+    stored = 1 / torch.tensor([factor]) if divide else torch.tensor([factor])
+    packed, scales, values = nvfp4_parts(random_weight(n, 16 * groups, seed) * factor, factor / 448)
     made = fp4.nvfp4(packed, scales, stored, divide, "layer")
     wide = scales.double().repeat_interleave(16, 1)
     exact = values.double() * (wide / stored.double() if divide else wide * stored.double())
-    got = made.lut.dequantize().double()
-    assert ((got - exact).abs() <= exact.abs() * 2**-22).all() and "2^-22" in made.note and not made.exact
+    got = made.lut.dequantize()
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-22).all()
+    assert made.exact == (math.frexp(stored.item())[0] == 0.5) and made.exact == ("2^-22" not in made.note)
     if divide:
         parts = {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": stored}
-        theirs = decompress(
-            NVFP4PackedCompressor, parts, num_bits=4, type="float", group_size=16, strategy="tensor_group"
-        )
-        torch.testing.assert_close(made.lut.dequantize(torch.bfloat16), theirs, rtol=2**-7, atol=0)
+        arguments = dict(num_bits=4, type="float", group_size=16, strategy="tensor_group")
+        theirs = decompress(NVFP4PackedCompressor, parts, **arguments)
+        assert theirs.dtype == (torch.bfloat16 if groups > 1 else torch.float32)
+        torch.testing.assert_close(got.to(theirs.dtype), theirs, rtol=2**-7 if groups > 1 else 2**-21, atol=0)
 
 
 def test_nvfp4_with_a_power_of_two_is_exact():
@@ -110,26 +113,29 @@ def test_absurd_factor(factor):
         fp4.nvfp4(packed, scales, torch.tensor(factor), True, "layer")
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bits, k, group", [(4, 256, 128), (4, 96, 96), (3, 256, 64), (2, 64, 32), (4, 1024, 512)])
-def test_integers_equal_compressed_tensors(tmp_path, bits, k, group, dtype):
+def test_integers_equal_compressed_tensors(tmp_path, bits, k, group, dtype, order, zeros):
     from compressed_tensors.compressors import PackedQuantizationCompressor
 
-    parts, exact = integer_parts(random_weight(12, k), bits, group, dtype)
+    parts, exact = integer_parts(random_weight(12, k), bits, group, dtype, zeros, order)
     source = opened(tmp_path, parts, compressed("int", group, bits))
     made = source.convert(LAYER)
     stored_group = min(group, 256) if group < k else k
     assert source.quantized() == {LAYER: (bits, stored_group)} == {LAYER: (made.lut.bits, made.lut.group_size)}
+    assert (made.lut.offsets is not None) == zeros and (made.lut.perm is not None) == (order and k > group)
     assert made.exact == (dtype != torch.float32)
+    got = made.lut.dequantize()
     if made.exact:
-        assert torch.equal(made.lut.dequantize(), exact)
-    else:
-        torch.testing.assert_close(made.lut.dequantize(), exact, rtol=2**-11 * 1.001, atol=0)
+        assert torch.equal(got, exact)
+    else:  # of a sum, the error is relative to what is added
+        bound = exact.abs().amax() * 2 if zeros else exact.abs()
+        assert ((got - exact).abs() <= bound * 2**-11 * 1.001).all() and "2^-11" in made.note
     wide = parts | {"weight_scale": parts["weight_scale"].float()}
-    theirs = decompress(
-        PackedQuantizationCompressor, wide, num_bits=bits, type="int", group_size=group, strategy="group"
-    )
-    assert torch.equal(exact, theirs)
+    arguments = dict(num_bits=bits, type="int", group_size=group, strategy="group", symmetric=not zeros)
+    assert torch.equal(exact, decompress(PackedQuantizationCompressor, wide, **arguments))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +146,9 @@ def test_integers_equal_compressed_tensors(tmp_path, bits, k, group, dtype):
         (make_nvfp4, "compressed-tensors nvfp4-pack-quantized", False),
         (lambda path: make_nvfp4(path, modelopt=True), "modelopt NVFP4", False),
         (make_pack_quantized, "compressed-tensors pack-quantized", True),
+        (lambda path: make_pack_quantized(path, zeros=True), "compressed-tensors pack-quantized", True),
     ],
-    ids=["mxfp4", "blocks", "nvfp4", "modelopt", "integers"],
+    ids=["mxfp4", "blocks", "nvfp4", "modelopt", "integers", "zero points"],
 )
 def test_a_whole_checkpoint(tmp_path, make, kind, exact):
     made = make(tmp_path / "source")
@@ -170,8 +177,11 @@ def test_refused(tmp_path):
     parts, _ = integer_parts(random_weight(8, 64), 4, 32)
     config = compressed("int", 32)
     for part in ("weight_zero_point", "weight_g_idx"):
-        with pytest.raises(FluteError, match=part):
+        with pytest.raises(FluteError, match=f"{part} is I32 .*, expected I32"):
             opened(tmp_path, parts | {part: torch.zeros(8, 2, dtype=torch.int32)}, config).quantized()
+    uneven = parts | {"weight_g_idx": torch.zeros(64, dtype=torch.int32)}
+    with pytest.raises(FluteError, match="does not give each of 2 groups 32 inputs"):
+        opened(tmp_path, uneven, config).convert(LAYER)
     with pytest.raises(FluteError, match="transforms"):
         opened(tmp_path, parts, config | {"transform_config": {"config_groups": {"a": {}}}})
     float8 = {"weight": torch.zeros(8, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(8, 1)}
@@ -196,7 +206,7 @@ def small(kind: str) -> tuple[dict[str, torch.Tensor], dict]:
         names = names if kind == "nvfp4" else ("weight", "weight_scale", "weight_scale_2")
         parts = dict(zip(names, (packed, scales, torch.tensor([1e-4])), strict=True))
     elif kind == "int":
-        parts, _ = integer_parts(weight, 3, 32)
+        parts, _ = integer_parts(weight, 3, 32, zeros=True, order=True)
     else:
         packed, scales, _ = mxfp4_parts(weight)
         parts = {"weight_packed": packed, "weight_scale": scales}
