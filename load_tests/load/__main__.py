@@ -20,6 +20,7 @@ from vllm_flute.serve.process import Server, cpu_environment
 
 from . import bench, records, report, soak
 from .records import Request, Slo
+from .router import nginx
 from .scenarios import ANSWER, PROMPT, SCENARIOS, Scenario, at_rate, random_prompts
 from .sweep import find_knee
 from .target import Target, Watch
@@ -59,6 +60,27 @@ def measure(target: Target, scenario: Scenario, rate: float, seconds: float, slo
     return figures, requests, watch.samples
 
 
+def start(stack: ExitStack, model: str, args: list[str], isas: list[str], out: Path) -> Target:
+    """A server; or two behind nginx, each on half of the cores with the kernels of its ISA."""
+    env = cpu_environment() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    cores = sorted(os.sched_getaffinity(0))
+    halves = [cores[: max(1, len(cores) // 2)], cores[len(cores) // 2 :]]
+    settings = [env]
+    if isas:
+        bound = (",".join(map(str, half)) for half in halves)
+        settings = [
+            env | {"VLLM_FLUTE_ISA": i, "VLLM_CPU_OMP_THREADS_BIND": b} for i, b in zip(isas, bound, strict=True)
+        ]
+    servers = []
+    for i, setting in enumerate(settings):
+        log = out / f"server{i}.log"
+        say(f"starting vllm serve {model} {setting.get('VLLM_FLUTE_ISA', '')}; its log: {log}")
+        servers.append(stack.enter_context(Server(model, log, [*SERVER, *args], setting)))
+    urls, pids = [s.url for s in servers], [s.process.pid for s in servers]
+    url = stack.enter_context(nginx(*urls, out)) if isas else urls[0]
+    return Target(url, "model", model, urls, pids)
+
+
 @app.command(help=__doc__)
 def main(
     model: Annotated[str, typer.Option(help="Directory or hub id; default: the demo model, quantized.")] = "",
@@ -79,12 +101,17 @@ def main(
     soak_minutes: Annotated[float, typer.Option(min=0.1)] = 30,
     ttft: Annotated[float, typer.Option(help="SLO: seconds to the first token.")] = Slo.ttft,
     itl: Annotated[float, typer.Option(help="SLO: seconds to each of 95% of the later tokens.")] = Slo.itl,
+    isa: Annotated[
+        list[str] | None, typer.Option(help="Twice: start two replicas with kernels of these ISAs, behind nginx.")
+    ] = None,
     warm: Annotated[bool, typer.Option(help="Fill the KV cache once before measuring.")] = True,
     vllm_args: Annotated[str, typer.Option(help="Further options of the server that is started.")] = "",
 ) -> None:
     wanted = scenario or NAMES
     if unknown := set(wanted) - {*NAMES, "soak"}:
         raise FluteError(f"no scenario {', '.join(unknown)}: expected of {', '.join(NAMES)}, soak")
+    if isa and len(isa) != 2:
+        raise FluteError(f"--isa was given {len(isa)} times, expected twice: --isa avx2 --isa avx512")
     out.mkdir(parents=True, exist_ok=True)
     slo = Slo(ttft, itl)
     with ExitStack() as stack:
@@ -94,11 +121,7 @@ def main(
             target = Target(url.rstrip("/"), name, model or name, server or [], pid or [], key)
         else:
             model = model or prepare(Namespace(model="", out="", bits=4, group_size=64, codebook="nf"))
-            say(f"starting vllm serve {model}; its log: {out / 'server.log'}")
-            env = cpu_environment() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-            server_process = Server(model, out / "server.log", [*SERVER, *shlex.split(vllm_args)], env)
-            started = stack.enter_context(server_process)
-            target = Target(started.url, "model", model, [], [started.process.pid])
+            target = start(stack, model, shlex.split(vllm_args), isa or [], out)
         if warm:
             warm_up(target, out)
         data, plots = run(target, wanted, out, seconds, rate, start_rate, soak_minutes, slo)

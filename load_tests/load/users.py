@@ -77,6 +77,7 @@ class Streaming(HttpUser):
                         break
                     if pause:
                         time.sleep(pause)
+                answer.close()  # what is left of the stream is not read
                 if request.outcome == "answered" and request.tokens != tokens:
                     request.outcome, request.error = "failed", f"{request.tokens} of {tokens} tokens arrived"
                 if request.outcome == "failed":
