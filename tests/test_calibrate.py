@@ -26,11 +26,6 @@ def text(tmp_path_factory):
     return path
 
 
-def source_layer(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    prefix = f"model.layers.{layer}."
-    return {n.removeprefix(prefix): source.tensor(n) for n in source.headers if n.startswith(prefix)}
-
-
 def test_moments_are_those_of_the_model(plain, text):
     """Every linear layer's and the head's inputs, in two layers, beside hooks on the whole model."""
     source = Checkpoint(plain)
@@ -45,17 +40,27 @@ def test_moments_are_those_of_the_model(plain, text):
             )
     with torch.inference_mode():
         model(tokens)
-    full = Calibration(source, tokens, lambda i: source_layer(source, i), full=True)
-    diagonal = Calibration(source, tokens, lambda i: source_layer(source, i), full=False)
+
+    def layer(i: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{i}."
+        return {n.removeprefix(prefix): source.tensor(n) for n in source.headers if n.startswith(prefix)}
+
+    found: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
+    for full in found:
+        calibration = Calibration(source, tokens, layer, full)
+        for i in range(2):
+
+            def keep(names, moments, i=i, full=full):
+                found[full] |= {f"model.layers.{i}.{name}": moments for name in names}
+                return {}
+
+            assert calibration.quantize(i, keep) == {}
+        found[full]["lm_head"] = calibration.head_moments()
+    assert found[True].keys() == inputs.keys()
     for name, x in inputs.items():
-        if name != "lm_head":
-            _, _, layer, own = name.split(".", 3)
-            found, squares = (c.moments(int(layer), own) for c in (full, diagonal))
-            expected = x.T @ x / len(x)
-            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
-            torch.testing.assert_close(squares, found.diagonal())
-    x = inputs["lm_head"]
-    torch.testing.assert_close(full.head_moments(), x.T @ x / len(x), rtol=0.02, atol=0.01 * x.square().mean().item())
+        expected = x.T @ x / len(x)
+        torch.testing.assert_close(found[True][name], expected, rtol=0.02, atol=0.01 * expected.abs().max().item())
+        torch.testing.assert_close(found[False][name], found[True][name].diagonal())
 
 
 @pytest.mark.parametrize("method", ["scale-search", "gptq"])

@@ -82,8 +82,9 @@ def test_no_scale_is_better(codebook, bits, weighted):
     weights = 1.0 if importance is None else importance.double()
     best = error_at(groups, found, table, weights)
     largest = groups.abs().amax(-1) / table[table != 0].abs().amin()
-    for ratio in torch.linspace(0.002, 1, 1500).tolist():
-        assert (best <= error_at(groups, largest * ratio, table, weights) * (1 + 1e-5)).all(), ratio
+    for ratio in torch.linspace(0.002, 1, 700).tolist():
+        for scales in (largest * ratio, -largest * ratio):
+            assert (best <= error_at(groups, scales, table, weights) * (1 + 1e-5)).all(), ratio
 
 
 @st.composite
@@ -102,12 +103,12 @@ def test_any_table_against_every_assignment(parts):
     """All codes of three weights, each with its best scale: nothing is better, also with one-sided tables."""
     scale = search_scales(parts[0].unsqueeze(0), *parts[1:])
     group, table, importance = (part.double() for part in parts)
-    assert scale.shape == (1,) and torch.isfinite(scale).all() and scale.item() >= 0
+    assert scale.shape == (1,) and torch.isfinite(scale).all()
     best = (importance * group.square()).sum()
     for codes in product(range(len(table)), repeat=3):
         entries = table[list(codes)]
         a, b = (importance * group * entries).sum(), (importance * entries.square()).sum()
-        if a > 0:
+        if b > 0:
             best = min(best, (importance * group.square()).sum() - a**2 / b)
     error = (importance * (table * scale.double().view(1, 1) - group.unsqueeze(-1)).square().amin(-1)).sum()
     assert error <= best + 1e-4 * (1e-3 + (importance * group.square()).sum())

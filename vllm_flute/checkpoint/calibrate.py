@@ -1,19 +1,20 @@
-"""What calibration text puts into every linear layer of a checkpoint, one decoder layer in memory at a time."""
+"""Quantization on what calibration text puts into the linear layers, one decoder layer in memory at a time."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from ..errors import FluteError
-from .config import FUSED
+from ..format import LutTensor
+from .llama import DTYPE, LlamaBlock
 from .reader import Checkpoint
 
 # Weights by their names within a decoder layer, as the layer computes with them from now on.
 LayerWeights = Callable[[int], dict[str, torch.Tensor]]
+# (names within the decoder layer, second moments of their common inputs) -> what those that are quantized become.
+Stage = Callable[[tuple[str, ...], torch.Tensor], dict[str, LutTensor]]
 _SEQUENCE = 1024  # tokens of one run, each with its own context
-_DTYPE = torch.bfloat16
 
 
 def calibration_tokens(source: Checkpoint, text: str | Path, count: int) -> torch.Tensor:
@@ -47,10 +48,10 @@ def calibration_tokens(source: Checkpoint, text: str | Path, count: int) -> torc
 
 
 class Calibration:
-    """Runs tokens through a LLaMA-like model layer by layer and takes second moments of the linear layers' inputs.
+    """Runs tokens through a LLaMA-like model layer by layer, and quantizes each layer on the way.
 
-    Each layer gets the outputs of the layers before it with their final weights, so that what earlier layers lost is
-    seen by later ones, as in GPTQ (arXiv 2210.17323, section 4, setup).
+    Every linear layer is calibrated on what the layers before it, quantized, give it: those of earlier decoder layers
+    as in GPTQ (arXiv 2210.17323, section 4, setup), and those of its own.
 
     Args:
         source: the plain checkpoint.
@@ -61,83 +62,56 @@ class Calibration:
 
     def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool):
         from transformers import AutoConfig
-        from transformers.models.llama import modeling_llama
 
         self.source, self.final, self.full = source, final, full
         self.config = AutoConfig.from_pretrained(source.path)
-        self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self.block = modeling_llama.LlamaDecoderLayer(self.config, layer_idx=0).to(_DTYPE).eval()
-            self.norm = modeling_llama.LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        self.hidden = torch.nn.functional.embedding(tokens, source.tensor("model.embed_tokens.weight").to(_DTYPE))
-        positions = torch.arange(tokens.shape[1]).unsqueeze(0)
-        self.rotary = modeling_llama.LlamaRotaryEmbedding(self.config)(self.hidden[:1], positions)
+        self.block = LlamaBlock(self.config, tokens.shape[1])
+        embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
+        self.hidden = list(torch.nn.functional.embedding(tokens, embedding))
         self.layer = 0
-        self.found: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
-    def _run(self, weights: dict[str, torch.Tensor], advance: bool) -> None:
-        """One pass through a layer with these weights; ``advance``: its outputs are the next layer's inputs."""
-        self.block.load_state_dict({name: w.to(_DTYPE) for name, w in weights.items()}, assign=True)
-        for i in range(len(self.hidden)):
-            out = self.block(self.hidden[i : i + 1], position_embeddings=self.rotary)
-            if advance:
-                self.hidden[i : i + 1] = out
-        self.block.to("meta")
-
-    def _add(self, total: torch.Tensor, x: torch.Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        if self.full:
-            total.addmm_(x.T, x)
-        else:
-            total += x.square().sum(0)
-
-    def _empty(self, k: int) -> torch.Tensor:
-        return torch.zeros((k, k) if self.full else (k,))
-
-    def _prefix(self, layer: int) -> str:
-        return f"model.layers.{layer}."
+    def _moments(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """The mean of ``x x^T`` over the inputs x ``[K]``: fp32 ``[K, K]``, or its diagonal ``[K]``."""
+        k = inputs[0].shape[-1]
+        total = torch.zeros((k, k) if self.full else (k,))
+        for one in inputs:
+            x = one.to(torch.float32)
+            if self.full:
+                total.addmm_(x.T, x)
+            else:
+                total += x.square().sum(0)
+        return total.div_(sum(map(len, inputs)))
 
     def _advance(self, layer: int) -> None:
         while self.layer < layer:
-            self._run(self.final(self.layer), advance=True)
+            self.hidden = self.block.run(self.hidden, _computed(self.final(self.layer)))
             self.layer += 1
 
-    @torch.inference_mode()
-    def moments(self, layer: int, name: str) -> torch.Tensor:
-        """The mean of ``x x^T`` over the inputs x ``[K]`` of a linear layer: fp32 ``[K, K]``, or its diagonal ``[K]``.
+    @torch.no_grad()
+    def quantize(self, layer: int, stage: Stage) -> dict[str, LutTensor]:
+        """The quantized linear layers of a decoder layer by their names within it; layers are asked for in order.
 
-        Args:
-            layer: index of the decoder layer; layers are asked for in order.
-            name: of the linear within it, such as "self_attn.q_proj".
+        ``stage`` is called for the linear layers that share their inputs, in the order of the computation.
         """
-        if self.found[0] != layer:
-            self._advance(layer)
-            totals: dict[str, torch.Tensor] = {}
-            prefix = self._prefix(layer)
-            with ExitStack() as hooks:
-                # The first of the layers that are fused has the inputs of all.
-                rest = {part for group in FUSED for part in group[1:]}
-                for path, module in self.block.named_modules():
-                    if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] not in rest:
-                        total = totals[path] = self._empty(module.in_features)
+        self._advance(layer)
+        prefix = f"model.layers.{layer}."
+        own = [name for name in self.source.headers if name.startswith(prefix)]
+        weights = _computed({name.removeprefix(prefix): self.source.tensor(name) for name in own})
+        made: dict[str, LutTensor] = {}
+        for names, inputs in self.block.stages(self.hidden, weights):
+            if names:
+                found = stage(names, self._moments(inputs))
+                weights |= {f"{name}.weight": t.dequantize(DTYPE) for name, t in found.items()}
+                made |= found
+        return made
 
-                        def add(module, inputs, output, total=total) -> None:
-                            self._add(total, inputs[0])
-
-                        hooks.callback(module.register_forward_hook(add).remove)
-                names = [name for name in self.source.headers if name.startswith(prefix)]
-                self._run({name.removeprefix(prefix): self.source.tensor(name) for name in names}, advance=False)
-            self.found = (layer, {path: total.div_(self.hidden[..., 0].numel()) for path, total in totals.items()})
-        parent, _, last = name.rpartition(".")
-        first = next((group[0] for group in FUSED if last in group), last)
-        return self.found[1][f"{parent}.{first}"]
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def head_moments(self) -> torch.Tensor:
-        """`moments` for the output head, after all decoder layers."""
+        """Second moments of the output head's inputs, after all decoder layers."""
         self._advance(self.config.num_hidden_layers)
-        self.norm.load_state_dict({"weight": self.source.tensor("model.norm.weight").to(_DTYPE)}, assign=True)
-        total = self._empty(self.config.hidden_size)
-        for x in self.hidden:
-            self._add(total, self.norm(x))
-        return total.div_(self.hidden[..., 0].numel())
+        weight = self.source.tensor("model.norm.weight").to(DTYPE)
+        return self._moments([self.block.norm(x, weight) for x in self.hidden])
+
+
+def _computed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.to(DTYPE) for name, weight in weights.items()}

@@ -253,11 +253,30 @@ def quantize_checkpoint(
         stored = load_file(output.path / shard)
         return {name.removeprefix(prefix): w for name, w in dequantized(stored).items()}
 
-    def moments(layer: str) -> torch.Tensor:
+    def quantized(layer: str, tensor: torch.Tensor, moments: torch.Tensor | None) -> LutTensor:
+        spec, name = lut.layer(layer), f"{layer}.weight"
+        if method == "gptq":
+            return gptq(tensor, moments, *spec, codebook, scale_dtype, name)
+        return quantize(tensor, *spec, codebook, scale_dtype, name, method, moments)
+
+    block: dict[str, LutTensor] = {}  # the rest of the decoder layer that is being written, where it is calibrated
+
+    def calibrated(layer: str, tensor: torch.Tensor) -> LutTensor:
         if layer == HEAD:
-            return calibration.head_moments()
-        found = LAYER.search(layer)
-        return calibration.moments(int(found[1]), layer[found.end() :])
+            return quantized(layer, tensor, calibration.head_moments())
+        if layer not in block:
+            index = int(LAYER.search(layer)[1])
+            prefix = f"model.layers.{index}."
+
+            def stage(names: tuple[str, ...], moments: torch.Tensor) -> dict[str, LutTensor]:
+                return {
+                    name: quantized(prefix + name, source.tensor(f"{prefix}{name}.weight"), moments)
+                    for name in names
+                    if not lut.is_ignored(prefix + name)
+                }
+
+            block.update({prefix + name: t for name, t in calibration.quantize(index, stage).items()})
+        return block.pop(layer)
 
     def convert(name: str) -> tuple[dict[str, torch.Tensor], dict | None]:
         layer = name.removesuffix(".weight")
@@ -265,11 +284,7 @@ def quantize_checkpoint(
         if name not in weights or lut.is_ignored(layer):
             return {name: tensor}, None
         spec = lut.layer(layer)
-        if method == "gptq":
-            t = gptq(tensor, moments(layer), *spec, codebook, scale_dtype, name)
-        else:
-            importance = moments(layer) if calibration else None
-            t = quantize(tensor, *spec, codebook, scale_dtype, name, method, importance)
+        t = calibrated(layer, tensor) if calibration else quantized(layer, tensor, None)
         made = {f"{layer}.qweight": t.qweight, f"{layer}.scales": t.scales, f"{layer}.codebook": t.codebook}
         adjusted = spec.group_size != (group_size or t.shape[1]) and not first_match(overrides, layer)
         report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, _relative_error(tensor, t))

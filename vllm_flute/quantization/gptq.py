@@ -65,7 +65,7 @@ def gptq(
             found = search_scales(w[group].T.contiguous(), table, diagonal[order[group]]).to(scale_dtype)
             scales[rows, group_order[start // group_size]] = found
             scale = found.to(torch.float32)
-            divisor = torch.where(scale > 0, scale, 1.0)
+            divisor = torch.where(scale != 0, scale, 1.0)
             for begin in range(start, start + group_size, _BLOCK):
                 end = min(begin + _BLOCK, start + group_size)
                 lost = torch.empty(end - begin, w.shape[1])

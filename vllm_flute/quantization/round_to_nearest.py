@@ -118,7 +118,7 @@ def quantize(
             raise FluteError(f"{name} has values that are not finite, or too large for {scale_dtype} scales")
         s32 = s.to(torch.float32).unsqueeze(-1)
         # A group of zeros has scale 0: divide by 1 instead, its weights are 0 whatever the code.
-        codes = nearest_codes(groups / torch.where(s32 > 0, s32, 1.0), table)
+        codes = nearest_codes(groups / torch.where(s32 != 0, s32, 1.0), table)
         qweight[i : i + rows] = pack_codes(codes.view(-1, k), bits)
         scales[i : i + rows] = s
 
