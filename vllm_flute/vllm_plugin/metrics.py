@@ -5,28 +5,22 @@ passes it on in the environment; each worker keeps a page of counters (counters.
 the API server's stat logger adds what is new to ordinary Prometheus counters after every engine step. With
 several API servers each publishes under one lock what none has published yet, and prometheus-client's
 multiprocess mode adds them up.
-
-=====================================  =======  ==================================================================
-vllm_flute:build_info                  gauge    1; version, operator ABI, torch, isa, device, dispatch table,
-                                                quantized offline or online
-vllm_flute:layers                      gauge    layers of a group: bits, group size, codebook, layout, its kernels
-vllm_flute:quantized_weight_bytes      gauge    bytes resident in packed weights, all ranks, by layer group
-vllm_flute:kernel_calls_total          counter  operator calls by kernel, isa and bucket of M
-vllm_flute:kernel_tokens_total         counter  rows of x (tokens) in those calls
-vllm_flute:weight_bytes_streamed_total counter  bytes of packed weights that those calls read
-=====================================  =======  ==================================================================
+docs/metrics.md lists them with types and units.
 """
 
 import atexit
+import contextlib
 import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -36,6 +30,7 @@ from ..layout import ABI, LAYOUTS, Layout
 
 ENV = "FLUTE_METRICS_DIR"
 DECODE_M, PREFILL_M = 1, 512
+MEMORY_SECONDS = 1.0  # between two looks at the workers' memory; a scrape is rarer
 _directory: str | None = None  # made by this process
 
 
@@ -126,6 +121,12 @@ class _Publisher:
         self.bytes = Gauge(
             "vllm_flute:quantized_weight_bytes", "Resident bytes of packed weights", ("layer_group",), **gauge
         )
+        self.memory = Gauge(
+            "vllm_flute:worker_resident_memory_bytes",
+            "Resident memory of the worker processes in bytes",
+            multiprocess_mode="mostrecent",
+        )
+        self.memory_read = -MEMORY_SECONDS
         self.fields = (
             Counter("vllm_flute:kernel_calls", "Operator calls", _KERNEL),
             Counter("vllm_flute:kernel_tokens", "Tokens in operator calls", _KERNEL),
@@ -141,6 +142,7 @@ class _Publisher:
         if paths != self.workers.keys():
             self.workers = {path: json.loads(path.read_text()) for path in paths}
             self._describe(self.workers.values())
+        self._measure_memory()
         with open(self.directory / "published", "a+b") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             f.seek(0)
@@ -157,6 +159,17 @@ class _Publisher:
             labels = names[str(slot)] | {"m_bucket": counters.M_BUCKETS[bucket]}
             for counter, value in zip(self.fields, new[slot, bucket], strict=True):
                 counter.labels(**labels).inc(int(value))
+
+    def _measure_memory(self) -> None:
+        """vLLM exposes the API server's memory (process_resident_memory_bytes), not that of the workers."""
+        if time.monotonic() - self.memory_read < MEMORY_SECONDS:
+            return
+        self.memory_read = time.monotonic()
+        total = 0
+        for path in self.workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += psutil.Process(int(path.stem)).memory_info().rss
+        self.memory.set(total)
 
     def _describe(self, workers) -> None:
         layers: dict[tuple, set] = {}
