@@ -21,7 +21,7 @@ from checkpoints import make_llama31
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_flute.checkpoint import quantize_checkpoint
-from vllm_flute.serve import Client, Server
+from vllm_flute.serve import Client, Server, cpu_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -188,7 +188,7 @@ def run(tmp_path_factory):
     make_llama31(work / "llama")
     quantize_checkpoint(work / "llama", work / "quantized", bits=4, group_size=64)
     args = ["--quantization", "flute", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "2"]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    env = cpu_environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with (
         Server(work / "quantized", work / "server.log", args, env, start_seconds=300) as server,
         Prometheus(server.url, work / "prometheus") as prometheus,
@@ -240,9 +240,9 @@ def test_counters_are_what_was_asked_for(run):
     # Start-up runs some steps of its own.
     assert 0 <= calls / layers - steps <= 20
     assert total("vllm_flute:weight_bytes_streamed_total") == pytest.approx(calls / layers * resident)
-    pids = psutil.Process(run.server.process.pid).children(recursive=True)
-    largest = max(process.memory_info().rss for process in pids)
-    assert total("vllm_flute:worker_resident_memory_bytes") == pytest.approx(largest, rel=0.2)
+    resident_now = [p.memory_info().rss for p in psutil.Process(run.server.process.pid).children(recursive=True)]
+    worker = total("vllm_flute:worker_resident_memory_bytes")
+    assert any(worker == pytest.approx(process, rel=0.05) for process in resident_now)
 
 
 @e2e
@@ -295,8 +295,8 @@ def test_rules_read_exposed_metrics_and_record_values(run):
 @needs_prometheus
 def test_a_dead_engine_is_seen(run):
     """The last one: kill -9 of the engine's process ends the server, and VllmDown waits for its minute."""
-    engine = max(psutil.Process(run.server.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
-    engine.kill()
+    children = psutil.Process(run.server.process.pid).children(recursive=True)
+    next(p for p in children if "EngineCore" in " ".join(p.cmdline())).kill()
     run.server.process.wait(60)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
