@@ -160,7 +160,7 @@ assert cuda.default_choice(header, 8, torch.bfloat16) == "mma" and cuda.choose(h
 
 cuda._load()[0].flute_cuda_register()
 cuda._load()[0].flute_cuda_register()
-for name in ("lut_linear_v1", "lut_pack_v1", "lut_unpack_v1"):
+for name in ("lut_linear_v1", "lut_linear_silu_v1", "lut_pack_v1", "lut_unpack_v1"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_flute::{name}", "CUDA"), name
 
 # The implementation for CUDA called with tensors of a CPU: what it refuses before it looks for a GPU.

@@ -24,6 +24,7 @@ struct Gemm {
   const void* x;
   const void* bias;  // or null
   void* y;
+  void* gated;      // silu(y[:, :N/2]) * y[:, N/2:], [M, N/2], where it is not null; y is written all the same
   int m;
   int f16;          // x, y and bias are fp16; else bf16
   void* workspace;  // workspace_bytes(device) of it; its first kCounterBytes are zero before the first call, and again after every
@@ -34,12 +35,22 @@ struct Gemm {
 // A stream's calls share one workspace, of a size that depends on the device alone.
 constexpr size_t kCounterBytes = 64 * 1024;
 size_t workspace_bytes(const Device& device);
+// The first half of the counters is Stream-K's (streamk.h), the second that of pairs of tiles of `gated` (gate.h).
+constexpr uint32_t kGateCounters = kCounterBytes / sizeof(unsigned) / 2;
+
+// Whether run_mma and run_wgmma can make `gated` of m tokens, for two shards of as many rows: their smallest tiles are 128
+// rows of 16 tokens and 256 of 32 and more.
+inline bool takes_gate(const Packed& w, int64_t m) {
+  return w.n_shards == 2 && w.n % 16 == 0 && (w.n / 2 / 128 + 1) * ((m + 31) / 32) <= int64_t(kGateCounters);
+}
 
 // Each returns null, or one line that says what failed (CUDA's own words).
 const char* run_mma(const Gemm& call);      // any arch from 80, any M; meant for M <= 32 (K1)
 const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
 // W[first_row .. first_row + rows, K] (K3) to `dense`, 16-byte aligned, in `dtype`: flute.h's Dtype.
 const char* run_dequantize(const Packed& w, const uint8_t* packed, int64_t first_row, int64_t rows, int dtype, void* dense, void* stream);
+// silu(y[:, :half]) * y[:, half:] of y [m, 2 * half], 16-byte aligned, in `dtype`, to out [m, half].
+const char* run_silu_and_mul(const void* y, void* out, int64_t m, int half, int dtype, void* stream);
 // qweight uint8 [N, K*bits/8], scales 16-bit [N, G], codebooks fp32 [S, 2^bits], all on the device, to packed, and back.
 // `table` is the shards' table as the device wants it, in pinned or pageable host memory, S entries.
 const char* run_pack(const Packed& w, const Shard* table, const uint8_t* qweight, const uint16_t* scales, const float* codebooks, uint8_t* packed, void* stream);

@@ -24,6 +24,7 @@
 #include <cstdio>
 
 #include "decode.h"
+#include "gate.h"
 #include "launch.h"
 #include "ptx.h"
 #include "streamk.h"
@@ -69,6 +70,7 @@ struct MmaParameters {
   int token_tiles;  // of y
   int slices;       // of a tile
   int stages, stage_bytes;
+  GateCall gate;
 };
 
 // Where a tile is: `strips` strips of shard `shard` from `strip` on, tokens from `token` on.
@@ -342,6 +344,12 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
     if (combine<kMmaThreads>(work, p.workspace, cta, tile, writer, flag, own, [] { barrier(); })) {
       at = locate<Tile>(p, tile);  // again: it would cost registers to keep
       write_tile<kF16, Tile>(p, at, writer, own);
+      if (p.gate.out) {
+        const int rows = at.rows < at.strips * kStripRows ? at.rows : at.strips * kStripRows;
+        const int tokens = p.m - at.token < Tile::kTokens ? p.m - at.token : Tile::kTokens;
+        finish_pair<kF16, kMmaThreads>(p.gate, p.y, p.workspace, tile, at.first_row - at.shard * p.gate.half, rows, at.token,
+                                       tokens, fresh_thread_id(), flag, [] { barrier(); });
+      }
     }
   }
 }
@@ -356,6 +364,8 @@ const char* launch_mma(const Gemm& call, int group_shift) {
   p.y = static_cast<uint16_t*>(call.y);
   p.workspace = call.workspace;
   p.m = call.m;
+  p.gate = gate_of(call, Tile::kRowWarps, Tile::kTokens);
+  if (const char* error = check_gate(call)) return error;
   p.group_shift = group_shift;
   p.scale_rows = Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1;
   p.token_tiles = (call.m + Tile::kTokens - 1) / Tile::kTokens;
@@ -375,7 +385,7 @@ const char* launch_mma(const Gemm& call, int group_shift) {
   const int64_t items = row_tiles * p.token_tiles * p.slices;
   if (items > INT32_MAX) return "lut_mma: more tokens than 32-bit work items can count";
   const int64_t most = int64_t(ctas) * call.device.sms;
-  if (most > int64_t(kCounterBytes / sizeof(unsigned))) return "lut_mma: more multiprocessors than the workspace has counters";
+  if (most > int64_t(kGateCounters)) return "lut_mma: more multiprocessors than the workspace has counters";
   const int grid = int(items < most ? items : most), bytes = fixed + p.stages * p.stage_bytes;
   return launch(lut_mma<kBits, kF16, Tile>, grid, kMmaThreads, bytes, call.stream, p);
 }

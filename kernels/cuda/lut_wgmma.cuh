@@ -29,6 +29,7 @@
 #include <cstdint>
 
 #include "decode.h"
+#include "gate.h"
 #include "launch.h"
 #include "ptx_sm90.h"
 #include "streamk.h"
@@ -53,6 +54,7 @@ struct WgmmaCall {
   void* y;
   void* workspace;
   int m, stages;
+  GateCall gate;
 };
 
 // A block's groups: 1, 2 or 4, or 1 where a group is some blocks or all of K.
@@ -315,6 +317,12 @@ FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, kToken
     float(&values)[kTokens] = reinterpret_cast<float(&)[kTokens]>(sums);
     if (combine<kConsumers>(work, call.workspace, uint32_t(cta_id()), p.tile, thread, at.flag, values, sync)) {
       write_tile<kF16>(call, p, strip, half, lane, at.out + warp * WgmmaShared<kBits, kTokens>::kWarpOut, values);
+      if (call.gate.out) {
+        const int row = p.strip * kStripRows, left = p.shard.rows - row, rows = p.strips * kStripRows;
+        const int tokens = call.m - p.token < kTokens ? call.m - p.token : kTokens;
+        finish_pair<kF16, kConsumers>(call.gate, call.y, call.workspace, p.tile, row, left < rows ? left : rows, p.token, tokens,
+                                      thread, at.flag, sync);
+      }
     }
   });
 }
@@ -345,7 +353,8 @@ lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
 template <int kBits, bool kF16, int kTokens>
 const char* run_wgmma_tile(const Gemm& g) {
   using At = WgmmaShared<kBits, kTokens>;
-  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0};
+  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0, gate_of(g, kTileStrips, kTokens)};
+  if (const char* error = check_gate(g)) return error;
   const int groups = block_groups(g.w);
   call.stages = (g.device.shared_bytes - At::bytes(0, groups)) / At::stage_bytes(groups);
   call.stages = call.stages < kWgmmaStages ? call.stages : kWgmmaStages;

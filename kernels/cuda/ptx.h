@@ -7,6 +7,8 @@
 #include <cstdint>
 
 #ifdef FLUTE_EMULATE_SIMT
+#include <cmath>
+
 #include "flute.h"
 #include "simt.h"
 #define FLUTE_DEVICE inline
@@ -88,6 +90,7 @@ template <bool kF16>
 FLUTE_DEVICE float widen16(uint16_t h) {
   return kF16 ? f16_to_f32(h) : bf16_to_f32(h);
 }
+FLUTE_DEVICE float exponential(float f) { return std::exp(f); }
 FLUTE_DEVICE Words4 load_l2(const void* p) {
   Words4 value;
   memcpy(&value, p, sizeof value);
@@ -206,6 +209,7 @@ FLUTE_DEVICE float widen16(uint16_t h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
+FLUTE_DEVICE float exponential(float f) { return expf(f); }
 // From L2: L1 does not see what other multiprocessors write.
 FLUTE_DEVICE Words4 load_l2(const void* p) {
   const uint4 v = __ldcg(static_cast<const uint4*>(p));

@@ -142,17 +142,30 @@ inline void set_input(Input& in, size_t i, float value) {
   in.values[i] = widen(h, in.f16);
 }
 
+// silu(gate) * up, rounded as vLLM does, of the y that was written: exactly.
+inline void check_gated(const std::vector<uint16_t>& y, const Buffer& product, int half, bool f16, const std::string& name) {
+  for (size_t i = 0; i < product.size / 2; ++i) {
+    const uint16_t* const gate = y.data() + i / half * half * 2 + i % half;
+    const float x = widen(gate[0], f16), silu = widen(narrow(x / (1 + std::exp(-x)), f16), f16);
+    uint16_t found;
+    memcpy(&found, product.data.get() + 2 * i, 2);
+    if (found == narrow(silu * widen(gate[half], f16), f16)) continue;
+    expect(false, name + ": silu(gate) * up at " + std::to_string(i) + " is " + std::to_string(widen(found, f16)));
+    return;
+  }
+}
+
 using Kernel = const char* (*)(const Gemm&);
 
 // y of one launch, whose counters and workspace it checks. `order` seeds what the emulator leaves open.
 inline std::vector<uint16_t> run(Kernel kernel, const Layer& layer, const Input& in, const Device& device, bool with_bias,
-                                 uint64_t order, const std::string& name) {
-  Buffer workspace(workspace_bytes(device)), y(size_t(in.m) * layer.w.n * 2);
+                                 uint64_t order, const std::string& name, bool gated = false) {
+  Buffer workspace(workspace_bytes(device)), y(size_t(in.m) * layer.w.n * 2), product(gated ? y.size / 2 : 0);
   memset(workspace.data.get(), 0, kCounterBytes);
   simt::config = {order, device.shared_bytes};
   const uint64_t before = simt::launches();
   const void* const bias = with_bias ? in.bias.data.get() : nullptr;
-  const char* error = kernel({layer.w, layer.packed.data.get(), in.x.data.get(), bias, y.data.get(), in.m, in.f16,
+  const char* error = kernel({layer.w, layer.packed.data.get(), in.x.data.get(), bias, y.data.get(), gated ? product.data.get() : nullptr, in.m, in.f16,
                               workspace.data.get(), device, nullptr});
   ++calls;
   expect(!error, name + ": " + (error ? error : ""));
@@ -161,6 +174,7 @@ inline std::vector<uint16_t> run(Kernel kernel, const Layer& layer, const Input&
   expect(std::all_of(counters, counters + kCounterBytes, [](uint8_t b) { return b == 0; }), name + ": counters are zero again");
   std::vector<uint16_t> result(y.size / 2);
   memcpy(result.data(), y.data.get(), y.size);
+  if (gated) check_gated(result, product, layer.w.n / 2, in.f16, name);
   return result;
 }
 

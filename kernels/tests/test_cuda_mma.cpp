@@ -59,6 +59,27 @@ void check_orders(bool few) {
   }
 }
 
+// SwiGLU at the end of the same launch: halves of whole tiles and of less, pairs finished by one CTA and by two, many times.
+void check_gates(bool few) {
+  for (const Shape& shape : {Shape{{256, 256}, 192, 64}, Shape{{200, 200}, 320, 32}, Shape{{8, 8}, 64, 64}}) {
+    for (int bits = 2; bits <= 4; ++bits) {
+      for (int m : {1, 9, 40}) {
+        const Layer layer = make_layer(shape, bits, false, m == 9 ? kWhole : kAny);
+        const Input in = make_input(layer, m, bits == 3);
+        for (int sms : {1, 3, 132}) {
+          const Device device = device_of(90, sms);
+          const std::string name = "gated, " + describe_case(layer, shape, in, device);
+          for (uint64_t order = 1; order < 3; ++order) {
+            const bool with_bias = order == 2;
+            check(layer, in, with_bias, bound(layer, in.f16, 1), run(run_mma, layer, in, device, with_bias, order, name, true), name);
+            if (few) return;
+          }
+        }
+      }
+    }
+  }
+}
+
 // What is not finite stays in its token; codebooks beyond what fp16 can hold do not overflow or vanish.
 void check_values() {
   const Shape shape{{72, 64}, 200, 200};
@@ -84,7 +105,7 @@ void check_values() {
 void check_refusals() {
   const Layer layer = make_layer({{8}, 48, 24}, 4, false, kAny);
   const Input in = make_input(layer, 1, false);
-  Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, 1, 0, nullptr, device_of(90, 1), nullptr};
+  Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, nullptr, 1, 0, nullptr, device_of(90, 1), nullptr};
   const auto refused = [&](const char* words) {
     const char* error = run_mma(call);
     const std::string said = error ? error : "nothing";
@@ -96,6 +117,9 @@ void check_refusals() {
   refused("too little shared memory");
   call.w.bits = 5;
   refused("bits is 5");
+  call.w = make_layer({{8}, 64, 64}, 4, false, kAny).w;
+  call.gated = in.x.data.get();
+  refused("two shards of as many rows");
 }
 
 }  // namespace
@@ -104,6 +128,7 @@ int main(int argc, char** argv) {
   const bool few = argc > 1 && std::string(argv[1]) == "few";
   check_shapes(few);
   check_orders(few);
+  check_gates(few);
   check_values();
   check_refusals();
   if (!failures) std::printf("%d calls of K1 agree with the oracle\n", calls);

@@ -71,6 +71,25 @@ void check_orders(bool few) {
   }
 }
 
+// SwiGLU at the end of the same launch, pairs of tiles finished by one CTA and by two.
+void check_gates(bool few) {
+  for (const Shape& shape : {Shape{{512, 512}, 192, 64}, Shape{{200, 200}, 320, 32}}) {
+    for (int bits = 2; bits <= 4; ++bits) {
+      for (int m : {40, 100, 150}) {
+        const Layer layer = make_layer(shape, bits, false, m == 100 ? kWhole : kAny);
+        const Input in = make_input(layer, m, bits == 3);
+        for (int sms : {m == 100 ? 1 : 3, 132}) {
+          const Device device = hopper(sms);
+          const std::string name = "gated, " + describe_case(layer, shape, in, device);
+          const bool with_bias = sms == 132;
+          check(layer, in, with_bias, wgmma_bound(layer, in.f16), run(run_wgmma, layer, in, device, with_bias, m, name, true), name);
+          if (few) return;
+        }
+      }
+    }
+  }
+}
+
 // What is not finite stays in its token; codebooks beyond what fp16 can hold are no harm where weights are not.
 void check_values() {
   const Shape shape{{72, 64}, 200, 200};
@@ -93,7 +112,7 @@ void check_values() {
 void check_refusals() {
   const Layer layer = make_layer({{8}, 48, 24}, 4, false, kWhole);
   const Input in = make_input(layer, 1, false);
-  Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, 1, 0, nullptr, hopper(1), nullptr};
+  Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), nullptr, nullptr, nullptr, 1, 0, nullptr, hopper(1), nullptr};
   const auto refused = [&](const char* words) {
     const char* error = run_wgmma(call);
     expect(error && strstr(error, words), std::string("refused as '") + words + "', not '" + (error ? error : "") + "'");
@@ -114,6 +133,7 @@ int main(int argc, char** argv) {
   const bool few = argc > 1 && std::string(argv[1]) == "few";
   check_shapes(few);
   check_orders(few);
+  check_gates(few);
   check_values();
   check_refusals();
   if (!failures) std::printf("%d calls of K2 agree with the oracle\n", calls);

@@ -120,7 +120,9 @@ Tensor readable(const Tensor& t) {
 // Of W at a time: all of 8192 x 8192 in 16 bits, so that cuBLAS has large matrices and the model does not need its size twice.
 constexpr int64_t kScratchBytes = int64_t(128) << 20;
 
-Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel_name) {
+// y = x W^T + bias [.., N]; with `gated` silu(y[.., :N/2]) * y[.., N/2:], in the same launch where the kernel can.
+Tensor multiply(const Tensor& input, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n,
+                const std::string& kernel_name, bool gated) {
   const Layer layer = read_header(header);
   const Packed& w = layer.w;
   check(packed.is_cuda(), "packed must be a CUDA tensor, as x is");
@@ -129,6 +131,7 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   call.packed = check_packed(packed, w.bytes, kVectorAlignment);
   const Dtype dtype = check_x(input, packed, w.n, w.k, n);
   check_bias(bias, input, n);
+  check(!gated || n % 2 == 0, "silu(gate) * up: N is odd");
   const int64_t m = input.numel() / w.k;
   check(m <= INT32_MAX, "x has more than 2^31 - 1 tokens");
 
@@ -137,7 +140,10 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = n;
   Tensor output = torch::stable::new_empty(input, sizes);
-  if (m == 0) return output;
+  sizes.back() = n / 2;
+  Tensor product = gated ? torch::stable::new_empty(input, sizes) : output;
+  if (m == 0) return product;
+  bool fused = false;
   const Tensor x = readable(input);
   std::optional<Tensor> added;
   if (bias) added = readable(*bias);
@@ -151,6 +157,8 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
     call.x = x.data_ptr();
     call.bias = added ? added->data_ptr() : nullptr;
     call.y = output.data_ptr();
+    fused = gated && takes_gate(w, m) && layer.shards[0].rows == layer.shards[1].rows;
+    call.gated = fused ? product.data_ptr() : nullptr;
     call.m = int(m);
     call.f16 = dtype == kF16;
     call.workspace = workspace(current, input);
@@ -158,8 +166,16 @@ Tensor lut_linear(const Tensor& input, const Tensor& packed, const Tensor& heade
     call.stream = current.stream();
     check_launch(kernel.method == kMma ? run_mma(call) : run_wgmma(call));
   }
+  if (gated && !fused) check_launch(run_silu_and_mul(output.data_ptr(), product.data_ptr(), m, int(n / 2), dtype, current.stream()));
   count(kernel, w, m);
-  return output;
+  return product;
+}
+
+Tensor lut_linear(const Tensor& x, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
+  return multiply(x, packed, header, bias, n, kernel, false);
+}
+Tensor lut_linear_silu(const Tensor& x, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
+  return multiply(x, packed, header, bias, n, kernel, true);
 }
 
 Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codebooks, const Tensor& header) {
@@ -208,6 +224,7 @@ FLUTE_EXPORT void flute_cuda_register() {
       StableLibrary::Kind::IMPL,
       [](StableLibrary& m) {
         m.impl("lut_linear_v1", TORCH_BOX(&flute::cuda::lut_linear));
+        m.impl("lut_linear_silu_v1", TORCH_BOX(&flute::cuda::lut_linear_silu));
         m.impl("lut_pack_v1", TORCH_BOX(&flute::cuda::lut_pack));
         m.impl("lut_unpack_v1", TORCH_BOX(&flute::cuda::lut_unpack));
       },

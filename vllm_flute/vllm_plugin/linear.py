@@ -15,7 +15,7 @@ from ..errors import FluteError
 from ..extensions import add_offsets, permuted
 from ..format import EXTENSIONS
 from ..ops import lut_linear_op
-from . import metrics, params
+from . import fusion, metrics, params
 
 
 def is_dummy_load() -> bool:
@@ -103,6 +103,8 @@ class FluteLinearMethod(LinearMethodBase):
         # vLLM's LoRA layers find a quantized layer's device by this name.
         layer.register_parameter("weight_packed", Parameter(packed, requires_grad=False))
         layer.register_buffer("header", header, persistent=False)
+        if (config := get_current_vllm_config_or_none()) is not None:
+            fusion.install(config, packed.device.type)
         metrics.layer_loaded(self.prefix, self.config, packed, header)
 
     def _keep_extensions(self, layer: torch.nn.Module) -> None:
