@@ -3,10 +3,11 @@
 The packing of each is the source library's own where one is named, else written from its documentation.
 """
 
+import json
 from pathlib import Path
 
 import torch
-from source_checkpoints import Made, quantize_linears, write
+from source_checkpoints import HIDDEN, INTERMEDIATE, LAYERS, Made, quantize_linears, write
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -145,8 +146,11 @@ def pack_bitnet(values: torch.Tensor) -> torch.Tensor:
     return sum(part << 2 * i for i, part in enumerate(quarters))
 
 
-def make_bitnet(path: Path, mode: str = "packed") -> Made:
-    """``mode``: "packed" (bitlinear: the scale divides), "unpacked" (autobitlinear: it multiplies) or "online"."""
+def make_bitnet(path: Path, mode: str = "packed", sub_norms: bool = False) -> Made:
+    """``mode``: "packed" (bitlinear: the scale divides), "unpacked" (autobitlinear: it multiplies) or "online".
+
+    ``sub_norms``: BitNet b1.58 2B4T's architecture, with a norm before o_proj and down_proj and squared ReLUs.
+    """
 
     def make(layer, weight):
         weight = weight.bfloat16()
@@ -165,5 +169,15 @@ def make_bitnet(path: Path, mode: str = "packed") -> Made:
     if mode != "packed":
         quantization = "online" if mode == "online" else "offline"
         settings |= {"linear_class": "autobitlinear", "quantization_mode": quantization}
+    if sub_norms:
+        for i in range(LAYERS):
+            for part, size in (("self_attn.attn_sub_norm", HIDDEN), ("mlp.ffn_sub_norm", INTERMEDIATE)):
+                name = f"model.layers.{i}.{part}.weight"
+                stored[name] = torch.linspace(0.5, 1.5, size).bfloat16()
+                weights[name] = stored[name].float()
     write(path, stored, settings, torch.bfloat16)
+    if sub_norms:
+        config = json.loads((path / "config.json").read_text())
+        config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2"}
+        (path / "config.json").write_text(json.dumps(config))
     return Made(path, weights)

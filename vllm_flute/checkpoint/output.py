@@ -24,6 +24,7 @@ _COPY_LIMIT = 256 << 20
 _NOT_COPIED = {CONFIG, INDEX, CARD, "pytorch_model.bin.index.json"}
 # Settings of other quantization tools.
 _NOT_COPIED |= {"quantize_config.json", "quant_config.json", "quantization_config.json", "flute_config.json"}
+_NOT_COPIED |= {"hf_quant_config.json"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 

@@ -48,10 +48,6 @@ class ModelOpt(Directory):
         parts = (self.tensor(f"{layer}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
         return nvfp4(*parts, divide=False, name=layer)
 
-    def extra_files(self, out: Path) -> None:
-        super().extra_files(out)
-        (out / SETTINGS).unlink(missing_ok=True)
-
 
 def detect(path: Path, config: dict) -> bool:
     found = config.get("quantization_config")
