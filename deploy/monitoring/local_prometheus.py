@@ -16,10 +16,10 @@ SCRAPE_SECONDS = 1
 
 
 class Prometheus:
-    """``with Prometheus(server_url, directory) as prometheus:`` keeps its data and log in that directory.
+    """``with Prometheus(server_url, directory) as prometheus:`` has scraped the server once; data and log stay there.
 
     Raises:
-        FluteError: Prometheus is not installed, or does not start; names its log.
+        FluteError: Prometheus is not installed, or does not scrape the server within 30 s; names its log.
     """
 
     def __init__(self, server_url: str, directory: Path):
@@ -49,8 +49,8 @@ class Prometheus:
         while not self._ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise FluteError(f"prometheus does not start: see {log}")
-            time.sleep(0.1)
+                raise FluteError(f"prometheus does not scrape {self.target}: see {log}")
+            time.sleep(0.2)
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -63,8 +63,8 @@ class Prometheus:
 
     def _ready(self) -> bool:
         try:
-            return requests.get(f"{self.url}/-/ready", timeout=5).ok
-        except requests.RequestException:
+            return any(value == 1 for _, value in self.query("up"))
+        except (requests.RequestException, ValueError, FluteError):
             return False
 
     def get(self, path: str, **parameters):

@@ -115,7 +115,6 @@ def main() -> None:
     ):
         client = Client(server.url)
         client.complete("warm up", 8, ignore_eos=True)
-        time.sleep(3)
         begin, starts = time.time(), []
         for name, *phase in PHASES:
             print(name, flush=True)
