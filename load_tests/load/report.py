@@ -36,7 +36,7 @@ def image(figure) -> str:
 
 def sweep_plot(points: list[dict], slo: dict) -> str:
     """Throughput within the SLO, and p95 latencies, over the arrival rate."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     rates = [p["rate"] for p in points]
     left.plot(rates, [p["requests_per_second"] for p in points], "o-", label="answered")
     left.plot(rates, [p["goodput"] for p in points], "s-", label="within the SLO")
@@ -56,23 +56,23 @@ def sweep_plot(points: list[dict], slo: dict) -> str:
 
 def time_plot(requests: list[Request], samples: list[tuple]) -> str:
     """Latencies of requests by their start; requests in the server; resident memory."""
-    figure, (one, two, three) = plt.subplots(1, 3, figsize=(14, 3))
+    known = [s for s in samples if s[1]]
+    figure, (one, two, *three) = plt.subplots(1, 3 if known else 2, figsize=(14, 3), layout="constrained")
     begin = min(r.start for r in requests)
     with_first = [r for r in requests if r.ttft is not None]
-    one.plot([r.start - begin for r in with_first], [r.ttft for r in with_first], ".", label="TTFT")
+    one.plot([r.start - begin for r in with_first], [r.ttft * 1000 for r in with_first], ".", label="TTFT")
     paced = [r for r in requests if r.itls and not r.paced]
-    one.plot([r.start - begin for r in paced], [max(r.itls) for r in paced], ".", label="longest ITL")
-    one.set(xlabel="seconds", ylabel="seconds", yscale="log")
+    one.plot([r.start - begin for r in paced], [max(r.itls) * 1000 for r in paced], ".", label="longest ITL")
+    one.set(xlabel="seconds", ylabel="ms", yscale="log")
     two.plot([s[0] for s in samples], [s[2] for s in samples], label="running")
     two.plot([s[0] for s in samples], [s[3] for s in samples], label="waiting")
     two.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
-    known = [s for s in samples if s[1]]
-    three.plot([s[0] for s in known], [s[1] / 2**20 for s in known], label="resident memory")
-    three.set(xlabel="seconds", ylabel="MiB")
-    for axes in (one, two, three):
+    for axes in three:
+        axes.plot([s[0] for s in known], [s[1] / 2**20 for s in known], label="resident memory")
+        axes.set(xlabel="seconds", ylabel="MiB")
+    for axes in (one, two, *three):
         axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
+        axes.legend()
     return image(figure)
 
 
