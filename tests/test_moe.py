@@ -168,10 +168,7 @@ def test_online_experts_are_those_of_the_offline_quantizer():
     online = FluteConfig.from_config({"quant_method": "flute", "online": True})
     method, layer = make(online)
     load(layer, weights(), ["weight"])
-    stored = {
-        (e, name): quantize(w, 4, 32 if name == "w2" else 64, "nf", method="absmax")
-        for (e, name), w in weights().items()
-    }
+    stored = {(e, name): quantize(w, 4, 32 if name == "w2" else 64) for (e, name), w in weights().items()}
     reference_method, reference = make(config())
     load(reference, stored)
     for a, b in ((method, layer), (reference_method, reference)):

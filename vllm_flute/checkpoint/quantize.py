@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from .. import __version__
-from ..codebook import BITS, check_bits, default_codebook, make_codebook
+from ..codebook import BITS, DEFAULT_CODEBOOK, check_bits, make_codebook
 from ..errors import FluteError
 from ..format import GROUP_SIZES, PARTS, SCALE_DTYPES, LutTensor
-from ..quantization import FITTED, METHODS, gptq, quantize
+from ..quantization import DATA_FREE, FITTED, METHODS, gptq, quantize
 from .calibrate import Calibration, calibration_tokens
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
@@ -154,7 +154,7 @@ def quantize_checkpoint(
     out: str | Path,
     bits: int = 4,
     group_size: int = 64,
-    codebook: str | torch.Tensor | None = None,
+    codebook: str | torch.Tensor = DEFAULT_CODEBOOK,
     ignore: list[str] | tuple[str, ...] = (),
     overrides: Mapping[str, tuple[int, int]] | None = None,
     lm_head: bool = False,
@@ -178,14 +178,14 @@ def quantize_checkpoint(
         bits: 2, 3 or 4.
         group_size: 16, 32, 64, 128, 256, or 0 for one scale a row. Where it does not divide a layer's K that
             layer takes the largest supported size that does, or K itself, and is listed in the overrides.
-        codebook: "nf" (the default of "absmax"), "lloyd-max" (the default of other methods), "fp4", "int",
-            "ternary", "fitted" (a table for each layer) or a tensor of at most ``2**bits`` values.
+        codebook: "nf", "lloyd-max", "fp4", "int", "ternary", "fitted" (a table for each layer) or a tensor of at most
+            ``2**bits`` values.
         ignore: module names not to quantize (see `config.matches`).
         overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too; a tied head is untied and made from the embedding.
         scale_dtype: bf16 or fp16.
         method: "absmax" or "scale-search" (see `quantization.quantize`), or "gptq", which needs calibration. Default:
-            "gptq" with calibration, "absmax" without.
+            "gptq" with calibration, "scale-search" without.
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
             errors by the inputs' second moments. LLaMA's architecture only.
         rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
@@ -199,10 +199,7 @@ def quantize_checkpoint(
             ``out`` that holds something else.
     """
     ignore, overrides = list(ignore), {name: LayerSpec(*spec) for name, spec in (overrides or {}).items()}
-    # Measured at 3 bits without calibration: absmax NormalFloat keeps more of a model than the least squared error of
-    # its weights, because the inputs of largest second moments have the smallest weights.
-    method = method or ("gptq" if calibrate else "absmax")
-    codebook = default_codebook(method) if codebook is None else codebook
+    method = method or ("gptq" if calibrate else DATA_FREE)
     if method not in METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
     if (method == "gptq" and not calibrate) or (method == "absmax" and calibrate):

@@ -63,12 +63,12 @@ def quantize(
     codebook: Annotated[
         str,
         typer.Option(
-            help="nf (default of absmax), lloyd-max (default of other methods), fp4 (4 bits), int, ternary (2 bits), "
+            help="nf (default), lloyd-max, fp4 (4 bits), int, ternary (2 bits), "
             "fitted (a table for each layer), or a JSON file with a list of numbers.",
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="absmax (default), scale-search, or gptq (default with --calibrate).")
+        str, typer.Option(help="scale-search (default), absmax, or gptq (default with --calibrate).")
     ] = None,
     calibrate: Annotated[
         Path, typer.Option(metavar="TEXT", help="UTF-8 text to calibrate with.", exists=True, dir_okay=False)
@@ -104,7 +104,7 @@ def quantize(
             output,
             bits=bits,
             group_size=group_size,
-            codebook=None if codebook is None else _codebook(codebook),
+            **({} if codebook is None else {"codebook": _codebook(codebook)}),
             ignore=ignore,
             overrides=dict(_override(value) for value in override),
             lm_head=lm_head,

@@ -2,8 +2,8 @@
 
 from .fitted import FITTED
 from .gptq import gptq
-from .round_to_nearest import quantize
+from .round_to_nearest import DATA_FREE, quantize
 
 METHODS = ("scale-search", "absmax", "gptq")
 
-__all__ = ["FITTED", "METHODS", "gptq", "quantize"]
+__all__ = ["DATA_FREE", "FITTED", "METHODS", "gptq", "quantize"]

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..codebook import check_bits, default_codebook
+from ..codebook import DEFAULT_CODEBOOK, check_bits
 from ..errors import FluteError
 from ..format import SCALE_DTYPES, LutTensor, check_group_size
 from ..packing import pack_codes
@@ -12,6 +12,7 @@ from .fitted import resolve_codebook
 from .scale_search import search_scales
 
 _METHODS = ("scale-search", "absmax")
+DATA_FREE = "scale-search"  # the default, of the command and of online quantization too
 
 # Weights worked on at once. They stay in a core's cache, and torch runs operations of fewer than 32768 elements on
 # the calling thread: dozens of small parallel sections would crawl on a machine whose cores are busy.
@@ -58,10 +59,10 @@ def quantize(
     weight: torch.Tensor,
     bits: int = 4,
     group_size: int = 64,
-    codebook: str | torch.Tensor | None = None,
+    codebook: str | torch.Tensor = DEFAULT_CODEBOOK,
     scale_dtype: torch.dtype = torch.bfloat16,
     name: str = "weight",
-    method: str = "absmax",
+    method: str = DATA_FREE,
     importance: torch.Tensor | None = None,
 ) -> LutTensor:
     """Quantize a weight ``[N, K]`` of any float dtype to a LutTensor on the same device.
@@ -69,19 +70,17 @@ def quantize(
     Args:
         bits: 2, 3 or 4.
         group_size: inputs that share a scale: a multiple of 8 that divides K.
-        codebook: "nf" (the default of "absmax"), "lloyd-max" (that of "scale-search"), "fp4" (4 bits), "int", "ternary"
-            (2 bits), "fitted" (a table of this weight's own, see `fit_codebook`) or a tensor of at most ``2**bits``
-            values.
+        codebook: "nf", "lloyd-max", "fp4" (4 bits), "int", "ternary" (2 bits), "fitted" (a table of this weight's own,
+            see `fit_codebook`) or a tensor of at most ``2**bits`` values.
         scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
         name: what errors call this weight.
-        method: "absmax" takes the scales whose largest table entry meets the group's largest weight, "scale-search"
-            those of least squared error, which is ten times as slow and without ``importance`` can make a model worse.
+        method: "scale-search" takes the scales of least squared error (see `search_scales`), "absmax" those whose largest
+            table entry meets the group's largest weight, which is ten times as fast.
         importance: fp32 ``[K]``, the second moment of each input, which weights the error of "scale-search".
 
     Raises:
         FluteError: unsupported width, group size, codebook or method, or weights that are not finite.
     """
-    codebook = default_codebook(method) if codebook is None else codebook
     check_bits(bits)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise FluteError(f"{name} is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]")

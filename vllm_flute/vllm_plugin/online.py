@@ -17,10 +17,10 @@ from vllm.model_executor.utils import set_weight_attrs
 from ..checkpoint import LayerSpec
 from ..checkpoint.config import HEAD, LINEAR, check_pattern, first_match
 from ..checkpoint.quantize import fit_group
-from ..codebook import default_codebook
+from ..codebook import DEFAULT_CODEBOOK
 from ..errors import FluteError
 from ..format import GROUP_SIZES, PARTS, QUANT_METHOD, LutTensor
-from ..quantization import quantize
+from ..quantization import DATA_FREE, quantize
 from .linear import FluteLinearMethod
 
 logger = init_logger("vllm.flute")  # below "vllm", whose handlers vLLM sets up
@@ -44,8 +44,8 @@ class OnlineConfig:
 
     bits: int = 4
     group_size: int = 64
-    codebook: str = "nf"
-    method: str = "absmax"
+    codebook: str = DEFAULT_CODEBOOK
+    method: str = DATA_FREE
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, LayerSpec] = field(default_factory=dict)
     lm_head: bool = False
@@ -60,7 +60,7 @@ class OnlineConfig:
         if unknown := sorted(set(d) - set(_KEYS)):
             raise FluteError(f"{where}: unknown keys {', '.join(unknown)} (known: {', '.join(_KEYS)})")
         method, lm_head = d.get("method", cls.method), d.get("lm_head", False)
-        codebook = d.get("codebook", default_codebook(method))
+        codebook = d.get("codebook", cls.codebook)
         default = _spec(d, LayerSpec(cls.bits, cls.group_size), codebook, method, where)
         ignore, overrides = d.get("ignore", []), d.get("overrides", {})
         if not isinstance(lm_head, bool) or not isinstance(overrides, Mapping) or not isinstance(ignore, list | tuple):
