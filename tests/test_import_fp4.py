@@ -228,3 +228,10 @@ def test_only_our_error_escapes(tmp_path, data, kind):
             assert (lut.bits, lut.group_size) == spec
     except FluteError as e:
         assert "\n" not in str(e)
+
+
+def test_older_names_of_the_settings(tmp_path):
+    parts, exact = integer_parts(random_weight(8, 64), 4, 32)
+    tensors = {f"{LAYER}.{part}": t for part, t in parts.items()}
+    source = open_source(write_small(tmp_path, tensors, {"compression_config": compressed("int", 32), "vocab_size": 5}))
+    assert source.config() == {"vocab_size": 5} and torch.equal(source.convert(LAYER).lut.dequantize(), exact)

@@ -64,6 +64,12 @@ class Source(Protocol):
         """Write tokenizer, generation_config.json and the like into ``out``."""
 
 
+def settings(config: dict) -> dict:
+    """What a config.json says of its quantization; {} where it says nothing."""
+    found = config.get("quantization_config") or config.get("compression_config")  # older compressed-tensors
+    return found if isinstance(found, dict) else {}
+
+
 class Directory:
     """The parts of `Source` that a Hugging Face directory in safetensors has in common with others.
 

@@ -17,7 +17,7 @@ from ...errors import FluteError
 from ...format import LutTensor
 from ...packing import pack_codes
 from ..config import HEAD, LINEAR, LayerSpec, matches
-from .base import Converted, Directory
+from .base import Converted, Directory, settings
 from .scales import split_power
 
 NAME = "bitnet"
@@ -81,16 +81,16 @@ class BitNet(Directory):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        settings = self.checkpoint.config["quantization_config"]
-        self.divide = settings.get("linear_class", "bitlinear") == "bitlinear"
-        self.online = settings.get("quantization_mode") == "online" and not self.divide
-        if settings.get("use_rms_norm"):
+        found = settings(self.checkpoint.config)
+        self.divide = found.get("linear_class", "bitlinear") == "bitlinear"
+        self.online = found.get("quantization_mode") == "online" and not self.divide
+        if found.get("use_rms_norm"):
             raise FluteError(
                 f"{path}: use_rms_norm puts a norm before every linear layer, which vLLM's models lack: import reads "
                 "BitNet checkpoints without it"
             )
         if self.online:
-            left = settings.get("modules_to_not_convert") or [HEAD]
+            left = found.get("modules_to_not_convert") or [HEAD]
             if not isinstance(left, list) or not all(isinstance(entry, str) and entry for entry in left):
                 raise FluteError(f"{path}: modules_to_not_convert is {left!r}, expected a list of names")
             names = [name.removesuffix(".weight") for name in self.headers if LINEAR.fullmatch(name)]
@@ -130,8 +130,7 @@ class BitNet(Directory):
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == NAME
+    return settings(config).get("quant_method") == NAME
 
 
 def open_(path: Path, allow_lossy: bool) -> BitNet:

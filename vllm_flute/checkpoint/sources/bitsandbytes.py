@@ -16,7 +16,7 @@ import torch
 from ...errors import FluteError
 from ...format import LutTensor
 from ..config import LayerSpec
-from .base import Converted, Directory
+from .base import Converted, Directory, settings
 from .scales import ROUNDED, narrow, stored_group
 
 NAME = "bitsandbytes"
@@ -172,8 +172,7 @@ class BitsAndBytes(Directory):
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == NAME
+    return settings(config).get("quant_method") == NAME
 
 
 def open_(path: Path, allow_lossy: bool) -> BitsAndBytes:

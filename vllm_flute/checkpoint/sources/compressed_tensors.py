@@ -11,7 +11,7 @@ import torch
 from ...errors import FluteError
 from ..config import LayerSpec
 from . import packed_integers
-from .base import Converted, Directory
+from .base import Converted, Directory, settings
 from .fp4 import MX_GROUP, NV_GROUP, mxfp4, nvfp4
 
 NAME = "compressed-tensors"
@@ -34,7 +34,7 @@ class CompressedTensors(Directory):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        config = self.checkpoint.config["quantization_config"]
+        config = settings(self.checkpoint.config)
         formats = {str(config.get("format"))}
         groups = config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
@@ -95,8 +95,7 @@ class CompressedTensors(Directory):
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == NAME
+    return settings(config).get("quant_method") == NAME
 
 
 def open_(path: Path, allow_lossy: bool) -> CompressedTensors:

@@ -8,14 +8,13 @@ by FLUTE's kernels.
 from pathlib import Path
 
 from ...errors import FluteError
-from .base import Source
+from .base import Source, settings
 
 NAME = "higgs"
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == NAME
+    return settings(config).get("quant_method") == NAME
 
 
 def open_(path: Path, allow_lossy: bool) -> Source:

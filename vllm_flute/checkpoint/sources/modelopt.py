@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import FluteError
 from ..config import LayerSpec
 from ..reader import read_json
-from .base import Converted, Directory
+from .base import Converted, Directory, settings
 from .fp4 import NV_GROUP, nvfp4
 
 NAME = "modelopt NVFP4"
@@ -50,16 +50,15 @@ class ModelOpt(Directory):
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    if isinstance(found, dict):
+    if found := settings(config):
         return found.get("quant_method") in ("modelopt", "modelopt_fp4")
     if not path.is_dir() or not (path / SETTINGS).is_file():
         return False
     try:
-        settings = read_json(path / SETTINGS).get("quantization")
+        found = read_json(path / SETTINGS).get("quantization")
     except (FluteError, OSError):
         return False
-    return isinstance(settings, dict) and "NVFP4" in str(settings.get("quant_algo"))
+    return isinstance(found, dict) and "NVFP4" in str(found.get("quant_algo"))
 
 
 def open_(path: Path, allow_lossy: bool) -> ModelOpt:

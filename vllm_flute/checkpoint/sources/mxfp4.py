@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import FluteError
 from ..config import LayerSpec
-from .base import Converted, Directory
+from .base import Converted, Directory, settings
 from .fp4 import MX_GROUP, mxfp4
 
 NAME = "mxfp4"
@@ -51,8 +51,7 @@ class MxFp4(Directory):
 
 
 def detect(path: Path, config: dict) -> bool:
-    found = config.get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == NAME
+    return settings(config).get("quant_method") == NAME
 
 
 def open_(path: Path, allow_lossy: bool) -> MxFp4:
