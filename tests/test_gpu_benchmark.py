@@ -60,7 +60,7 @@ def test_every_kernel_was_compared_and_none_was_wrong(result):
     checks = result["checks"]
     assert len(checks["kernels"]) == 2 and "triton" in checks["kernels"]
     assert checks["failed"] == 0 and checks["failures"] == []
-    assert set(checks["by_kind"]) == {"round trip", "ragged", "other scales", "decode", "repeats"}
+    assert set(checks["by_kind"]) == {"round trip", "ragged", "other scales", "decode", "repeats", "gated"}
     for kernel in checks["kernels"]:
         assert checks["calls"][kernel] >= 10
         assert 0 < checks["worst_error_to_bound"][kernel] <= 1 and checks["worst_relative_error"][kernel] < 0.01
