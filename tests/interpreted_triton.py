@@ -7,7 +7,7 @@ import torch
 from tolerance import assert_within_bound
 
 from vllm_flute import FluteError, LutTensor, counters, lut_linear, quantize
-from vllm_flute.backends import rows, triton
+from vllm_flute.backends import rows, triton, triton_kernels
 from vllm_flute.layout import ROWS, Layout
 from vllm_flute.ops import lut_linear_op, lut_pack_op, lut_unpack_op
 from vllm_flute.packing import pack_codes
@@ -250,3 +250,36 @@ def test_the_operators():
         lut_linear_op(x, packed, header, None, 24, "gemv")
     with pytest.raises(FluteError, match="the weights have N=24, the caller said N=16"):
         lut_linear_op(x, packed, header, None, 16, "")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "launches"),
+    [
+        (1, 64, 256, ["gemv"]),
+        (8, 64, 256, ["gemm"]),
+        (40, 64, 256, ["gemm"]),
+        (1, 8, 4096, ["gemv", "add_slices"]),
+        (8, 8, 2048, ["gemm", "add_slices"]),
+    ],
+)
+def test_launches_of_a_call_with_bias(monkeypatch, m, n, k, launches):
+    """One, and one more where K is cut: the bias is in them, nothing is cleared, nothing is cast."""
+    found = []
+
+    class Counted:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(triton_kernels, name)
+
+        def __getitem__(self, grid):
+            found.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("gemv", "gemm", "add_slices"):
+        monkeypatch.setattr(triton_kernels, name, Counted(name))
+    t, x, bias = (
+        quantize(torch.randn(n, k), bits=4, group_size=64),
+        torch.randn(m, k).bfloat16(),
+        torch.randn(n).bfloat16(),
+    )
+    assert_within_bound(lut_linear(x, t, bias, kernel="triton"), x, t, bias)
+    assert found == launches
