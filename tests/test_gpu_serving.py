@@ -40,6 +40,26 @@ def test_an_unknown_variant_is_refused(name):
         Variant.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("gptq-4-g128", {"weight_bits": 4, "group_size": 128, "desc_act": False, "lm_head_quantized": False}),
+        ("gptq-4-g128-head", {"weight_bits": 4, "group_size": 128, "is_sym": True, "lm_head_quantized": True}),
+        ("awq-4-g128", {"weight_bits": 4, "group_size": 128, "zero_point": True}),
+        ("fp8", {"is_checkpoint_fp8_serialized": True, "activation_scheme": "dynamic"}),
+    ],
+)
+def test_vllm_reads_the_peers_configurations(name, fields):
+    """By the classes that it takes for them on a GPU (Marlin's, where there are)."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    config = Variant.parse(name).quantization_config()
+    for method in {config["quant_method"], {"gptq": "gptq_marlin", "awq": "awq_marlin"}.get(config["quant_method"])}:
+        if method:
+            read = get_quantization_config(method).from_config(dict(config))
+            assert {key: getattr(read, key) for key in fields} == fields
+
+
 def test_bytes_of_a_checkpoint():
     # Meta-Llama-3-8B has 8.03e9 and -70B 70.55e9 parameters (their model cards).
     assert Variant.parse("bf16").weight_bytes("8b") / 2 == pytest.approx(8.03e9, rel=1e-3)
