@@ -85,7 +85,7 @@ def corrupted(draw, path: Path, tensors: dict[str, torch.Tensor], config: dict) 
             for key in place:
                 inner = inner[key]
             if kind == "config":
-                inner[last] = draw(st.sampled_from(JUNK))
+                inner[last] = copy.deepcopy(draw(st.sampled_from(JUNK)))
             elif isinstance(inner, dict):
                 del inner[last]
     write_small(path, tensors, config)

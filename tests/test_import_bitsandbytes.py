@@ -82,7 +82,8 @@ def test_a_whole_checkpoint(tmp_path, table, block, nested):
 
 
 def small(nested: bool) -> dict[str, torch.Tensor]:
-    parts, _ = bitsandbytes_parts((torch.randn(8, 128) * 0.1).bfloat16(), nested=nested)
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)) * 0.1
+    parts, _ = bitsandbytes_parts(weight.bfloat16(), nested=nested)
     return {f"{LAYER}.{key}": t for key, t in parts.items()} | {"model.norm.weight": torch.ones(8)}
 
 
