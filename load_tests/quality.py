@@ -3,7 +3,7 @@
     python load_tests/quality.py MODEL --text wikitext2_valid.txt --work DIR [--llama-cpp PYTHON] [--minutes 4]
     python load_tests/quality.py MODEL --work DIR --report docs/quality.md
     python load_tests/quality.py --gaussian
-    python load_tests/quality.py --layer llama-3-8b --work DIR
+    python load_tests/quality.py MODEL --text wikitext2_valid.txt --work DIR --layer llama-3-8b
 
 The first half of the text's lines calibrates, windows from the beginning of the second half are scored. Every row is
 made twice: from the model, and from the same model with its residual stream rotated by a random orthogonal matrix,
@@ -15,13 +15,17 @@ tokens, and scored by the same code. Time and peak memory are of a process of it
 
 import argparse
 import json
-import subprocess
+import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from quality_child import quantize_in_child
 from quality_gaussian import gaussian_table
+from quality_layer import MODELS, measure_layer
 from quality_llama_cpp import TYPES, gguf_logits, linear_bits, quantize_gguf, write_gguf
 from quality_report import HEADER, TWINS, line, page
 
@@ -40,16 +44,6 @@ METHODS = {
     "lloyd-max, gptq": ({"codebook": "lloyd-max", "method": "gptq"}, True),
     "fitted, gptq": ({"codebook": "fitted", "method": "gptq"}, True),
 }
-# What the child process runs: the time and the peak are those of a user's run.
-QUANTIZE = """
-import json, sys, time
-from vllm_flute.checkpoint import quantize_checkpoint
-from vllm_flute.cli.walk import peak_memory
-begin = time.monotonic()
-report = quantize_checkpoint(**json.loads(sys.argv[1]))
-print(json.dumps({"seconds": time.monotonic() - begin, "peak_bytes": peak_memory(), "bytes": report.output_bytes,
-                  "bits_per_weight": report.bits_per_weight, "error": report.mean_error}))
-"""
 
 
 class Twin:
@@ -77,8 +71,8 @@ class Twin:
         options = options | {"src": str(self.path), "out": str(out), "overwrite": True}
         if calibration:
             options |= {"calibrate": str(calibration), "tokens": self.args.tokens}
-        command = [sys.executable, "-c", QUANTIZE, json.dumps(options)]
-        made = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        made = quantize_in_child(options)
+        del made["marks"]
         return made | self.score(OfflineModel(out).logits(self.windows))
 
     def llama_cpp(self, kind: str) -> dict:
@@ -96,6 +90,10 @@ class Twin:
         return made | self.score(logits)
 
 
+def chosen(args) -> list[str]:
+    return args.methods.split(";") if args.methods else list(METHODS)
+
+
 def rows(args, calibration: Path) -> Iterator[tuple[dict, callable]]:
     """(what identifies a row, what makes it of a twin), cheap and important ones first."""
     yield {"method": "bf16", "kind": "bf16"}, lambda twin: twin.bf16()
@@ -103,7 +101,7 @@ def rows(args, calibration: Path) -> Iterator[tuple[dict, callable]]:
         for kind in ("bf16", *TYPES):
             key = {"method": f"llama.cpp {kind}", "kind": "llama.cpp"}
             yield key, lambda twin, kind=kind: twin.llama_cpp(kind)
-    for name in args.methods.split(";") if args.methods else METHODS:
+    for name in chosen(args):
         options, calibrated = METHODS[name]
         text = calibration if calibrated else None
         widths = [{"bits": int(b)} for b in args.bits.split(",") if b]
@@ -117,13 +115,18 @@ def rows(args, calibration: Path) -> Iterator[tuple[dict, callable]]:
                 yield key, lambda twin, made=made, text=text: twin.quantized(made, text)
 
 
-def measure(args) -> None:
-    deadline = time.monotonic() + 60 * args.minutes
+def split(args) -> tuple[Path, str]:
+    """The file of the text's first half, which calibrates, and the second half, which is scored."""
     args.work.mkdir(parents=True, exist_ok=True)
     lines = args.text.read_text(encoding="utf-8").splitlines(keepends=True)
     calibration = args.work / "calibration.txt"
     calibration.write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
-    scored = "".join(lines[len(lines) // 2 :])
+    return calibration, "".join(lines[len(lines) // 2 :])
+
+
+def measure(args) -> None:
+    deadline = time.monotonic() + 60 * args.minutes
+    calibration, scored = split(args)
     results = load(args.work)
     twins: dict[str, Twin] = {}
     print(HEADER, flush=True)
@@ -142,11 +145,18 @@ def measure(args) -> None:
                     if not (path / "config.json").exists():
                         rotate_checkpoint(args.model, path, kind="orthogonal")
                 twins[name] = Twin(name, path, args, scored, args.work / name)
-            results.append(full | make(twins[name]))
+            common = {"model": Path(args.model).name, "machine": machine()}
+            results.append(full | common | make(twins[name]))
             temporary = args.work / "results.tmp"
             temporary.write_text(json.dumps(results, indent=1) + "\n")
             temporary.rename(args.work / "results.json")
             print(name, line(results[-1]), flush=True)
+
+
+def machine() -> str:
+    """What the seconds belong to: the CPU, and how many threads of it were used."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"{torch.get_num_threads()} thread(s) of {found[1] if found else platform.machine()}"
 
 
 def load(work: Path) -> list[dict]:
@@ -170,6 +180,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further row after so many")
     parser.add_argument("--report", type=Path, help="write the page of all results, measure nothing")
+    parser.add_argument("--layer", choices=MODELS, help="time and memory of quantizing this model, from its layers")
     parser.add_argument("--gaussian", action="store_true", help=gaussian_table.__doc__)
     args = parser.parse_args()
     if args.gaussian:
@@ -177,9 +188,16 @@ def main() -> None:
     elif not args.work or not args.model:
         parser.error("give MODEL and --work, or --gaussian")
     elif args.report:
-        args.report.write_text(page(load(args.work), ""), encoding="utf-8")
+        args.report.write_text(page(load(args.work)), encoding="utf-8")
     elif not args.text:
         parser.error("give --text")
+    elif args.layer:
+        methods = {name: METHODS[name] for name in chosen(args)}
+        found = measure_layer(args.layer, Path(args.model), args.work, methods, args.tokens, split(args)[0])
+        file = args.work / "layer.json"
+        known = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*known, found], indent=1) + "\n")
+        print(json.dumps(found, indent=1))
     else:
         measure(args)
 

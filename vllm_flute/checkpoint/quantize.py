@@ -231,7 +231,7 @@ def quantize_checkpoint(
     def rounded(tensor: torch.Tensor, squares: torch.Tensor, width: int, layer: str) -> torch.Tensor:
         """A weight at another width, without compensation of errors: what widths are compared by."""
         size = lut.layer(layer).group_size
-        how = ("absmax", None) if method == "absmax" else ("scale-search", squares)
+        how = (method, None) if method == "absmax" else ("scale-search", squares if calibrate else None)
         return quantize(tensor, width, size, codebook, scale_dtype, layer, *how).dequantize()
 
     if target_bits is not None:
