@@ -1,6 +1,11 @@
 """SwiGLU joined to the gate and up projections: the operator, and the pass that puts it into vLLM's compiled graphs."""
 
 import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +20,9 @@ from vllm_flute.dispatch import pack_parts
 from vllm_flute.ops import lut_linear_op, lut_linear_silu_op
 from vllm_flute.vllm_plugin import fusion
 from vllm_flute.vllm_plugin.fusion import SiluFusion
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "load_tests"))
+from gpu_serving_models import Variant, write_dummy  # noqa: E402
 
 K, HALF = 64, 96
 PLAIN, FUSED = "lut_linear_v1", "lut_linear_silu_v1"
@@ -85,6 +93,15 @@ def test_what_is_something_else_stays(change):
     assert PLAIN in code and FUSED not in code
 
 
+def test_a_used_pass_can_be_copied_and_pickled():
+    """As vLLM does with its configuration."""
+    used = SiluFusion(torch.bfloat16, "cpu")
+    used(torch.fx.symbolic_trace(lambda x: x.relu()).graph)
+    assert used._patterns is not None
+    for other in (copy.deepcopy(used), pickle.loads(pickle.dumps(used))):
+        assert other._patterns is None and other.uuid() == used.uuid()
+
+
 def test_it_is_installed_where_the_native_gpu_library_runs(monkeypatch):
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16), compilation_config=CompilationConfig())
     passes = config.compilation_config.inductor_compile_config
@@ -95,10 +112,39 @@ def test_it_is_installed_where_the_native_gpu_library_runs(monkeypatch):
     ours = passes[fusion._KEY]
     fusion.install(config, "cuda")
     assert isinstance(ours, SiluFusion) and passes[fusion._KEY] is ours
-    # vLLM copies it, and names its cache of graphs by it.
-    assert copy.deepcopy(ours).uuid() == ours.uuid() != SiluFusion(torch.float16, "cuda").uuid()
+    # vLLM names its cache of graphs by it.
+    assert ours.uuid() != SiluFusion(torch.float16, "cuda").uuid()
     plain = CompilationConfig()
     assert config.compilation_config.compute_hash() != plain.compute_hash()
     plain.inductor_compile_config[fusion._KEY] = users = object()
     fusion.install(SimpleNamespace(model_config=config.model_config, compilation_config=plain), "cuda")
     assert plain.inductor_compile_config[fusion._KEY] is users
+
+
+ENGINE = """
+import sys
+from vllm import LLM, SamplingParams
+from vllm_flute.backends import cuda
+from vllm_flute.vllm_plugin import fusion
+
+fusion.backend = lambda device: (cuda, "")  # as where the native GPU library runs
+options = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 2}
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, **options)
+params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+(output,) = llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+assert len(output.outputs[0].token_ids) == 4
+passes = llm.llm_engine.vllm_config.compilation_config.inductor_compile_config
+print("joined", passes[fusion._KEY].matched)
+"""
+
+
+@pytest.mark.e2e
+def test_vllm_compiles_a_model_with_it(tmp_path):
+    """A real engine with Inductor, in this process's place: every graph with an MLP has the joined operator."""
+    model = write_dummy(tmp_path / "tiny", "tiny", Variant.parse("flute-4-g64"))
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    command = [sys.executable, "-c", ENGINE, model]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.splitlines()[-1].removeprefix("joined ")) >= 1, done.stdout[-3000:]

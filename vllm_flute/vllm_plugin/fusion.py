@@ -61,6 +61,10 @@ class SiluFusion(InductorPass):
         )
         return patterns
 
+    def __getstate__(self) -> dict:
+        """vLLM copies and pickles its configuration; traced patterns cannot be."""
+        return self.__dict__ | {"_patterns": None}
+
     def uuid(self) -> str:
         return self.hash_source(type(self), _separate, _fused, f"{self.dtype} {self.device}")
 
