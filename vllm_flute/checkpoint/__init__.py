@@ -6,6 +6,7 @@ from .dequantize import dequantize_checkpoint
 from .importer import ImportReport, import_checkpoint
 from .quantize import QuantizeReport, quantize_checkpoint
 from .reader import Checkpoint
+from .summary import kernels_by_tokens, summarize
 from .validate import LayerInfo, check_checkpoint
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "check_checkpoint",
     "dequantize_checkpoint",
     "import_checkpoint",
+    "kernels_by_tokens",
     "quantize_checkpoint",
+    "summarize",
     "write_demo_model",
 ]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class ImportedLayer:
     nbytes: int
     exact: bool
     note: str
-    extensions: tuple[str, ...] = ()
+    extensions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def import_checkpoint(
         if not lut.is_ignored(layer):
             report = ImportedLayer(layer, n, k, *quantized[layer], made.lut.nbytes, made.exact, made.note)
             parts = _parts(layer, made.lut, lut.layer(layer))
-            used = tuple(part for part in EXTENSIONS if part in parts)
+            used = [part for part in EXTENSIONS if part in parts]
             stored = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
             return stored, asdict(replace(report, extensions=used))
         weight = made.lut.dequantize(dtype)

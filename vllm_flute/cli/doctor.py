@@ -1,7 +1,6 @@
 """`vllm-flute doctor`: what runs on this machine, and why."""
 
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,6 @@ import typer
 _FEATURES = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx_vnni"}
 _FEATURES |= {"avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"}
 _CODEBOOKS = {"ternary": [-1, 0, 1, 1], "2": range(4), "3": range(8), "4": range(16)}  # of each kind of weights
-_TOKENS = (1, 8, 64, 512)  # a stream, some streams, many, a prompt
 
 
 def _version(distribution: str) -> str | None:
@@ -47,17 +45,15 @@ def collect() -> dict:
 
     from .. import __version__, dispatch
     from ..backends import cpu, cuda
-    from ..layout import Layout
+    from ..checkpoint import kernels_by_tokens
 
     def choices(device: str) -> dict[str, dict[str, dict[str, str]]]:
         """Kernel by kind of weights, activation dtype and M, for a layer of 4096 x 4096 and group 64."""
-        module, found = dispatch.backend(device)[0], {}
+        found = {}
         for kind, codebook in _CODEBOOKS.items():
-            bits = len(codebook).bit_length() - 1
-            layout = module.layout(torch.tensor([codebook], dtype=torch.float32))
-            header = Layout(layout, bits, 64, 4096, torch.bfloat16, (4096,)).header()
+            table = torch.tensor([codebook], dtype=torch.float32)
             found[kind] = {
-                str(dtype).removeprefix("torch."): {str(m): dispatch.choose(header, m, dtype, device) for m in _TOKENS}
+                str(dtype).removeprefix("torch."): kernels_by_tokens(table, 64, 4096, 4096, device, dtype)
                 for dtype in (torch.bfloat16, torch.float16, torch.float32)
             }
         return found
@@ -102,10 +98,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    from .walk import size
+    from ..checkpoint.summary import TOKENS
+    from .walk import report_console, size
 
     cpu, forced = found["cpu"], found["isa_forced"]
     facts = Table(show_header=False)
@@ -118,7 +114,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     facts.add_row("GPU", found["gpu"] or "none that torch can use")
     facts.add_row("CUDA kernels", found["cuda_library"])
     facts.add_row("VLLM_FLUTE_ISA", forced or "not set: the best instruction set is used")
-    console = Console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe
+    console = report_console()
     console.print(facts)
     for device, state in found["devices"].items():
         console.print(f"{device}: {state['why']}")
@@ -130,7 +126,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         chooser = state["table"] or "analytic default (vllm-flute bench kernels --write-table measures a table)"
         at = f" at {state['threads']} threads" if state["threads"] else ""
         console.print(f"kernels are chosen{at} by: {chooser}", highlight=False, soft_wrap=True)
-        tokens = Table("weights", "activations", *(f"M = {m}" for m in _TOKENS), title="kernel by tokens in a call")
+        tokens = Table("weights", "activations", *(f"M = {m}" for m in TOKENS), title="kernel by tokens in a call")
         for kind, kernel_by_dtype in state["choices"].items():
             for dtype, kernel_by_m in kernel_by_dtype.items():
                 tokens.add_row(kind if kind == "ternary" else f"{kind} bits", dtype, *kernel_by_m.values())

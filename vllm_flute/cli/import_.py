@@ -20,11 +20,10 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result in the output.")] = False,
 ) -> None:
     """Turn an existing quantized checkpoint into lut-v1 without quantizing again; an interrupted run continues."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..checkpoint import import_checkpoint
-    from .walk import peak_memory, progress_bar, size
+    from .walk import peak_memory, progress_bar, report_console, size
 
     begin = time.monotonic()
     with progress_bar("import") as progress:
@@ -47,5 +46,5 @@ def import_(
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("time", f"{seconds:.1f} s, {report.source_bytes / seconds / 2**20:.0f} MiB/s")
     table.add_row("peak memory", size(peak_memory()))
-    Console().print(table)
+    report_console().print(table)
     print(f"serve it: vllm serve {output} --quantization flute")

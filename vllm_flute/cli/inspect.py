@@ -1,66 +1,56 @@
-"""`vllm-flute inspect`: is this a sound lut-v1 checkpoint, and what is in it."""
+"""`vllm-flute inspect`: what is in a checkpoint, of lut-v1 or of a format to import; is it sound."""
 
-from collections import defaultdict
 from typing import Annotated
 
 import typer
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Directory or hub id of a lut-v1 checkpoint.")],
+    path: Annotated[str, typer.Argument(help="Directory, hub id or file: lut-v1, or what 'import' reads.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a lut-v1 checkpoint by its headers and list its layers by settings; a broken one is an error."""
+    """List the quantized layers by settings, with their tables and the kernels that would run here.
+
+    A lut-v1 checkpoint is checked by its headers; of one in another format it tells what 'import' would write.
+    """
     import json
 
-    from ..checkpoint import Checkpoint, LutConfig
-    from ..checkpoint.validate import check_layers
+    from ..checkpoint import summarize
     from ..format import FORMAT
-    from .walk import size
+    from .walk import report_console, size
 
-    source = Checkpoint(path)
-    layers = check_layers(source)
-    config = LutConfig.from_dict(source.config["quantization_config"])
-    groups = defaultdict(list)
-    for layer in layers:
-        groups[layer.bits, layer.group_size, layer.scale_dtype].append(layer)
-    rows = [
-        {
-            "bits": bits,
-            "group_size": group_size,
-            "codebook": config.codebook,
-            "scales": scale_dtype,
-            "layers": len(members),
-            "weights": sum(layer.n * layer.k for layer in members),
-            "bytes": sum(layer.nbytes for layer in members),
-        }
-        for (bits, group_size, scale_dtype), members in sorted(groups.items())
-    ]
-    quantized, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
-    summary = {
-        "path": str(source.path),
-        "format": FORMAT,
-        "groups": rows,
-        "ignore": list(config.ignore),
-        "quantized_bytes": quantized,
-        "other_bytes": source.nbytes - quantized,
-        "bits_per_weight": quantized * 8 / weights,
-        "files": len(source.files),
-    }
+    found = summarize(path)
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("bits", "group size", "codebook", "scales", "layers", "weights", "size")
-    for row in rows:
-        cells = [row["bits"], row["group_size"], row["codebook"], row["scales"], row["layers"]]
+    rows = found["groups"]
+    sound = "sound" if found["format"] == FORMAT else "the figures are those of lut-v1 after 'vllm-flute import'"
+    table = Table("", "bits", "group size", "codebook", "scales", "besides", "layers", "weights", "size")
+    for i, row in enumerate(rows, 1):
+        besides = ", ".join(row["extensions"]) or "-"
+        cells = [i, row["bits"], row["group_size"], row["codebook"], row["scales"], besides, row["layers"]]
         table.add_row(*map(str, cells), f"{row['weights'] / 1e6:.1f} M", size(row["bytes"]))
-    console = Console()
-    console.print(f"{source.path}: {FORMAT}, {len(layers)} quantized layers in {len(source.files)} files, sound")
+    console = report_console()
+    layers = sum(row["layers"] for row in rows)
+    console.print(f"{found['path']}: {found['format']}, {layers} quantized layers in {found['files']} files; {sound}")
     console.print(table)
-    console.print(
-        f"{summary['bits_per_weight']:.3f} bits a quantized weight; {size(quantized)} quantized, "
-        f"{size(summary['other_bytes'])} other; not quantized: {', '.join(config.ignore) or 'embeddings, norms'}"
-    )
+    for i, row in enumerate(rows, 1):
+        values = ", ".join(f"{value:.4g}" for value in row["tables"][0])
+        many = f"{len(row['tables'])} tables, the first " if len(row["tables"]) > 1 else ""
+        kernels = ", ".join(f"M = {m}: {name}" for m, name in row["kernels"].items())
+        lines = {"table": f"{many}[{values}]", f"kernels ({row['device']}, bf16)": kernels}
+        if "exact" in row:
+            lines["exact"] = ("yes" if row["exact"] else "no") + (f": {row['note']}" if row["note"] else "")
+        for what, line in lines.items():
+            console.print(f"{i}: {what}: {line}", markup=False, highlight=False)
+    for note in found.get("notes", ()):
+        console.print(f"note: {note}", markup=False)
+    sizes = f"{found['bits_per_weight']:.3f} bits a quantized weight; {size(found['quantized_bytes'])} quantized"
+    if "other_bytes" in found:
+        plain = ", ".join(found["ignore"]) or "embeddings, norms"
+        sizes += f", {size(found['other_bytes'])} other; not quantized: {plain}"
+    else:
+        sizes += f"; the source has {size(found['bytes'])} in all"
+    console.print(sizes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=f"{what} {label}".ljust(32)
         )
+
+
+def report_console() -> Console:
+    """Where a command prints its tables: 120 columns where there is no terminal, for which rich takes 80."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def size(nbytes: float) -> str:

@@ -8,6 +8,7 @@ directory and its config.json or a file and {}; ``open_(path, allow_lossy) -> So
 from pathlib import Path
 
 from ...errors import FluteError
+from ...format import QUANT_METHOD
 from ..reader import CONFIG, read_json, resolve
 from . import awq, bitnet, bitsandbytes, compressed_tensors, gguf, gptq, higgs, modelopt, mxfp4, upstream_flute
 from .base import Converted, Source
@@ -31,8 +32,12 @@ def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
     for module in MODULES:
         if module.detect(path, config):
             return module.open_(path, allow_lossy)
+    if path.is_dir():
+        read_json(path / CONFIG)  # says that it is missing
     found = config.get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
+    if method == QUANT_METHOD:
+        raise FluteError(f"{path} is in lut-v1 already: serve it, or look at it with 'vllm-flute inspect'")
     what = f"quant_method {method!r}" if method else "no quantization that is known here"
     kinds = ", ".join(module.NAME for module in MODULES)
     raise FluteError(f"{path} has {what} (import reads: {kinds}); a plain checkpoint is for 'vllm-flute quantize'")
