@@ -22,11 +22,12 @@ def nginx_binary(work: Path) -> str:
     Raises:
         FluteError: neither is to be had.
     """
+    unpacked = work / "root" / "usr" / "sbin" / "nginx"
     found = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
-    if not found and shutil.which("apt-get"):
-        steps = (["apt-get", "download", "nginx"], ["sh", "-c", "dpkg -x nginx_*.deb root"])
-        if all(subprocess.run(step, cwd=work, capture_output=True).returncode == 0 for step in steps):
-            found = str(work / "root" / "usr" / "sbin" / "nginx")
+    if not found and not unpacked.exists() and shutil.which("apt-get"):
+        for step in (["apt-get", "download", "nginx"], ["sh", "-c", "dpkg -x nginx_*.deb root"]):
+            subprocess.run(step, cwd=work, capture_output=True)
+    found = found or (str(unpacked) if unpacked.exists() else None)
     if not found or subprocess.run([found, "-v"], capture_output=True).returncode:
         raise FluteError("there is no nginx, and Debian's package of it cannot be fetched: install nginx")
     return found
