@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import FluteError
-from .reader import CONFIG, INDEX, read_json
+from .reader import CONFIG, INDEX, outside, read_json
 
 STATE = ".vllm-flute-progress.json"
 CARD = "README.md"
@@ -59,10 +59,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def copy_files(source: Path, out: Path) -> None:
-    """Copy what a model has beside its weights and config.json: tokenizer, licence, generation settings."""
+    """Copy what a model has beside its weights and config.json: tokenizer, licence, generation settings.
+
+    Raises FluteError for a link that leads out of the directory, which would copy somebody's private file.
+    """
     for path in sorted(source.iterdir()):
         wanted = path.is_file() and path.suffix not in _WEIGHTS and path.name not in _NOT_COPIED
         if wanted and not path.name.startswith(".") and path.stat().st_size <= _COPY_LIMIT:
+            if outside(path, source):
+                raise FluteError(f"{path} is a link to {path.resolve()}, outside its model: put a copy there instead")
             with replacing(out / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 

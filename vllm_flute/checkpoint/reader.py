@@ -28,6 +28,8 @@ _HUB_FILES = [
     "NOTICE*",
 ]
 
+# Configurations and indexes of the largest models are a few MiB.
+_JSON_LIMIT = 64 << 20
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -48,16 +50,25 @@ class Header(NamedTuple):
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in ``path``; raises FluteError when it is missing or is not one."""
+    """The JSON object in ``path``; raises FluteError when it is missing, is not one, or is absurdly large."""
     try:
+        if (size := path.stat().st_size) > _JSON_LIMIT:
+            raise FluteError(f"{path} has {size >> 20} MiB, expected JSON of at most {_JSON_LIMIT >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FluteError(f"{path} does not exist: give the directory of a Hugging Face checkpoint") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise FluteError(f"{path} is not valid JSON ({e}): fetch or write it again") from None
     if not isinstance(value, dict):
         raise FluteError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def outside(path: Path, directory: Path) -> bool:
+    """Whether a file of a checkpoint's directory is a link that leads out of it (a hub cache keeps files in blobs/)."""
+    directory = directory.resolve()
+    roots = [directory, *([directory.parent.parent / "blobs"] if directory.parent.name == "snapshots" else [])]
+    return not any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def resolve(source: str | Path) -> Path:
@@ -89,6 +100,12 @@ def _weight_files(path: Path) -> dict[str, str] | list[str]:
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FluteError(f"{path / INDEX} has no weight_map: fetch or write it again")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+                raise FluteError(
+                    f"{path / INDEX} lists {name} in {file!r}, expected a .safetensors file beside it: fetch or write "
+                    "it again"
+                )
         return weight_map
     if (path / SINGLE).exists():
         return [SINGLE]

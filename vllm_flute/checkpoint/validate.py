@@ -9,7 +9,8 @@ import torch
 from ..errors import FluteError
 from ..format import EXTENSIONS, PARTS
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, fused_with
-from .reader import Checkpoint, Header
+from .reader import CONFIG, Checkpoint, Header
+from .rewrite import LAYER
 
 _SCALE_DTYPES = ("BF16", "F16")
 _OFFSET_DTYPES = ("F32", *_SCALE_DTYPES)
@@ -86,6 +87,22 @@ def _check_linear(source: Checkpoint, config: LutConfig, layers: Mapping[str, La
     check_fused(specs | dict.fromkeys(plain))
 
 
+def _check_sizes(source: Checkpoint, quantized: Mapping[str, LayerInfo]) -> None:
+    """Raise FluteError where config.json has other sizes than the tensors: a server allocates by config.json."""
+    layers = {int(found[1]) for name in source.headers if (found := LAYER.search(name))}
+    stored = {"num_hidden_layers": max(layers) + 1} if layers else {}
+    embedding = source.headers.get("model.embed_tokens.weight")
+    if embedding and len(embedding.shape) == 2:
+        stored |= dict(zip(("vocab_size", "hidden_size"), embedding.shape, strict=True))
+    stored |= [("intermediate_size", info.k) for name, info in quantized.items() if name.endswith(".mlp.down_proj")]
+    for key, size in stored.items():
+        said = source.config.get(key, size)
+        if said != size:
+            raise FluteError(
+                f"{source.path / CONFIG} says {key} {said!r}, but the tensors have {size}: fetch or write both again"
+            )
+
+
 def _check_perms(source: Checkpoint, found: Mapping[str, Mapping[str, Header]]) -> None:
     """Raise FluteError for what is no permutation, and where matrices that vLLM fuses read their inputs differently."""
     perms = {name: source.tensor(f"{name}.perm") for name, parts in found.items() if "perm" in parts}
@@ -133,6 +150,7 @@ def check_layers(source: Checkpoint) -> list[LayerInfo]:
             raise FluteError(f"{source.path} has both {name}.weight and {name}.qweight: remove one of the two")
     layers = {name: _layer(name, parts, config.layer(name)) for name, parts in found.items()}
     _check_perms(source, found)
+    _check_sizes(source, layers)
     _check_linear(source, config, layers)
     for name in layers:
         if not torch.isfinite(source.tensor(f"{name}.codebook")).all():
