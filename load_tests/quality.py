@@ -37,10 +37,13 @@ from vllm_flute.serve.perplexity import strided_windows
 # Options of `quantize_checkpoint` by the name in the table; whether calibration text is given.
 METHODS = {
     "nf, absmax": ({"codebook": "nf", "method": "absmax"}, False),
+    "nf, scale search": ({"codebook": "nf", "method": "scale-search"}, False),
+    "nf, scale search, --rotate": ({"codebook": "nf", "method": "scale-search", "rotate": True}, False),
     "lloyd-max, scale search": ({"codebook": "lloyd-max", "method": "scale-search"}, False),
     "lloyd-max, weighted scale search": ({"codebook": "lloyd-max", "method": "scale-search"}, True),
     "fitted, weighted scale search": ({"codebook": "fitted", "method": "scale-search"}, True),
     "nf, gptq": ({"codebook": "nf", "method": "gptq"}, True),
+    "nf, gptq, --rotate": ({"codebook": "nf", "method": "gptq", "rotate": True}, True),
     "lloyd-max, gptq": ({"codebook": "lloyd-max", "method": "gptq"}, True),
     "fitted, gptq": ({"codebook": "fitted", "method": "gptq"}, True),
 }
