@@ -20,6 +20,7 @@ from .zero_points import affine
 NAME = "awq"
 _BITS = 4
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_LOW = 0x0F0F0F0F  # the lower code of each byte
 _COLUMN = [_ORDER.index(i) for i in range(8)]  # where in a word each output is
 
 
@@ -31,12 +32,21 @@ def _outputs(words: torch.Tensor) -> torch.Tensor:
 
 
 def qweight(words: torch.Tensor) -> torch.Tensor:
-    """lut-v1's codes uint8 ``[N, K/2]`` of AWQ's int32 ``[K, N/8]``; K is even."""
-    packed = words.contiguous().view(torch.uint8).view(len(words) // 2, 2, -1, 4)
-    even, odd = packed[:, 0], packed[:, 1]
-    # Bytes of two rows hold two outputs each: an output's two codes become one byte.
-    pairs = torch.stack([(even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)], -1).flatten(2)
-    return pairs[:, :, _COLUMN].flatten(1).T.contiguous()
+    """lut-v1's codes uint8 ``[N, K/2]`` of AWQ's int32 ``[K, N/8]``; K is even.
+
+    On whole words as long as possible: the words of two rows become two words with a byte of two codes for each of
+    four outputs, are turned, and only then taken apart.
+    """
+    k, n = words.shape[0], words.shape[1] * 8
+    even, odd = words.contiguous().view(k // 2, 2, n // 8).unbind(1)
+    low = (even & _LOW) | (odd & _LOW) << 4
+    high = (even >> 4 & _LOW) | (odd & ~_LOW)
+    codes = torch.empty(n // 8, 8, k // 2, dtype=torch.uint8)
+    for pairs, outputs in ((low, _ORDER[::2]), (high, _ORDER[1::2])):
+        pairs = pairs.T.contiguous().view(torch.uint8).view(n // 8, k // 2, 4)
+        for byte, output in enumerate(outputs):
+            codes[:, output] = pairs[..., byte]
+    return codes.view(n, k // 2)
 
 
 class Awq(Directory):

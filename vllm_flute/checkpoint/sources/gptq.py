@@ -23,6 +23,7 @@ NAME = "gptq"
 METHODS = ("gptq", "auto-round", "autoround", "intel/auto-round")
 SETTINGS = "quantize_config.json"  # beside config.json, where older tools wrote them
 _FORMATS = ("gptq", "gptq_v2")
+_CACHED = 256  # outputs that are reordered at a time: 4096 inputs of them take half a megabyte
 # GPTQModel subtracted these from each three words of 3-bit zero points before it shifted single ones; only its own
 # files need them.
 _OLD_WORDS = (
@@ -84,6 +85,22 @@ def input_order(g_idx: torch.Tensor, groups: int, name: str) -> torch.Tensor | N
     return None if torch.equal(order, torch.arange(k)) else order.to(torch.int32)
 
 
+def reorder(words: torch.Tensor, perm: torch.Tensor, bits: int) -> torch.Tensor:
+    """``P.qweight`` int32 ``[K*bits/32, N]`` with its K codes in the order ``perm``."""
+    if 32 % bits:  # codes cross words
+        codes = unpack_codes(_stream(words.T), bits).index_select(1, perm)
+        return pack_codes(codes, bits).view(torch.int32).T
+    each = 32 // bits
+    rows, shifts = (perm // each).view(-1, each), (perm % each * bits).view(-1, each)
+    out = torch.zeros_like(words)
+    for part, made in zip(words.split(_CACHED, 1), out.split(_CACHED, 1), strict=True):
+        part = part.contiguous()
+        for i in range(each):
+            code = part.index_select(0, rows[:, i]).bitwise_right_shift_(shifts[:, i : i + 1])
+            made |= code.bitwise_and_(2**bits - 1).bitwise_left_shift_(bits * i)
+    return out
+
+
 class Gptq(Directory):
     kind = NAME
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -123,16 +140,14 @@ class Gptq(Directory):
 
     def convert(self, layer: str) -> Converted:
         bits, group = self.spec(layer)
-        # A word's bytes are in the stream's order: turning the matrix of words makes lut-v1's rows.
-        codes = _stream(self.tensor(f"{layer}.qweight").T)
-        k, scales = codes.shape[1] * 8 // bits, self.tensor(f"{layer}.scales")
-        perm = None
+        words, scales, perm = self.tensor(f"{layer}.qweight"), self.tensor(f"{layer}.scales"), None
         if f"{layer}.g_idx" in self.headers:
             perm = input_order(self.tensor(f"{layer}.g_idx"), scales.shape[0], layer)
-            if perm is not None:
-                codes = pack_codes(unpack_codes(codes, bits).index_select(1, perm), bits)
+            words = words if perm is None else reorder(words, perm, bits)
+        # A word's bytes are in the stream's order: turning the matrix of words makes lut-v1's rows.
+        codes = _stream(words.T)
         zeros = zero_points(self.tensor(f"{layer}.qzeros"), bits, self.v2, bool(self.found.get("sym", False)))
-        repeat = k // scales.shape[0] // group
+        repeat = codes.shape[1] * 8 // bits // scales.shape[0] // group
         return affine(codes, scales.T.contiguous(), zeros.T, bits, layer, repeat, perm)
 
 
