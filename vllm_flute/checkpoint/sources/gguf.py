@@ -155,47 +155,39 @@ class GgufSource:
     def quantized(self) -> dict[str, LayerSpec]:
         return dict(self.specs)
 
-    def _rows(self, layer: str, n: int) -> torch.Tensor | None:
-        """Which stored rows are the rows of q or k, or None for other layers."""
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(layer.rpartition(".")[2])
-        return rotary_rows(n, self._config[heads]) if heads else None
+    def _rows(self, name: str) -> torch.Tensor | None:
+        """Which stored rows are the rows of q or k, or None for other tensors."""
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        return rotary_rows(self.file.tensors[self.stored[name]].shape[0], self._config[heads]) if heads else None
 
     def convert(self, layer: str) -> Converted:
-        name = self.stored[f"{layer}.weight"]
-        kind, spec = self.file.tensors[name].type, self.specs[layer]
-        rows = self._rows(layer, self.file.tensors[name].shape[0])
+        name = f"{layer}.weight"
+        kind, spec, rows = self._type(name), self.specs[layer], self._rows(name)
         if layer in self.lossy:
-            weight = self._decoded(name, torch.float32)
-            weight = weight if rows is None else weight[rows]
+            weight = self.decoded(name, torch.float32)
             t = quantize(weight, *spec, "nf", torch.float16, name)
             lost = (t.dequantize() - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
             note = f"{kind} quantized again: relative error {lost:.3f}"
             return Converted(widen(t, spec, layer in self.affine), False, note)
-        stored = self.file.rows(name)
+        stored = self.file.rows(self.stored[name])
         t, exact = to_lut(stored if rows is None else stored[rows.numpy()], kind, name)
         return Converted(widen(t, spec, layer in self.affine), exact, "" if exact else f"{kind} {ROUNDED}")
 
-    def _decoded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def decoded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any type by its Hugging Face name, plain, computed in fp32 and rounded once."""
         try:
-            weight = dequantize_rows(self.file, name, dtype)
+            weight = dequantize_rows(self.file, self.stored[name], dtype)
         except NotImplementedError:
             raise FluteError(
-                f"{self.file.path}: the installed gguf package cannot decode {name} ({self.file.tensors[name].type}): "
-                "upgrade gguf"
+                f"{self.file.path}: the installed gguf package cannot decode {name} ({self._type(name)}): upgrade gguf"
             ) from None
         if not torch.isfinite(weight).all():
             raise FluteError(f"{self.file.path}: {name} has values that are not finite in {dtype}: fetch it again")
-        return weight
+        rows = self._rows(name)
+        return weight if rows is None else weight[rows]
 
     def tensor(self, name: str) -> torch.Tensor:
-        stored = self.stored[name]
-        t = self.file.tensors[stored]
-        if t.type in FLOAT:
-            weight = torch.from_numpy(self.file.rows(stored)).view(FLOAT[t.type]).view(t.shape)
-        else:
-            weight = self._decoded(stored, torch.float16)
-        rows = self._rows(name.removesuffix(".weight"), t.shape[0])
-        return weight if rows is None else weight[rows]
+        return self.decoded(name, FLOAT.get(self._type(name), torch.float16))
 
     def extra_files(self, out: Path) -> None:
         if self.has_tokenizer:

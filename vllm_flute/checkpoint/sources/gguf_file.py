@@ -135,7 +135,10 @@ class GgufFile:
 
     @staticmethod
     def _scan(path: Path, scan: _Scan, size: int) -> tuple[dict, dict[str, GgufTensor]]:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        try:
+            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        except ImportError:
+            raise FluteError(f"{path} needs the gguf package: pip install 'vllm-flute[quantize]'") from None
 
         if scan.data[:4] != b"GGUF":
             raise FluteError(f"{path} is no GGUF file (it begins with {scan.data[:4]!r}, not with b'GGUF')")

@@ -1,0 +1,432 @@
+"""GGUF models become lut-v1: types, LLaMA's configuration, the tokenizer; damaged files are refused in one line."""
+
+import json
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CHAT_TEMPLATE, VOCABULARY, llama_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from source_checkpoints import HIDDEN, INTERMEDIATE, LAYERS
+
+from vllm_flute import FluteError, lut_linear
+from vllm_flute.checkpoint import Checkpoint, check_checkpoint, dequantize_checkpoint, import_checkpoint
+
+gguf = pytest.importorskip("gguf")
+
+from gguf_checkpoints import SPECIAL_IDS, decode, encode, make_gguf  # noqa: E402
+
+from vllm_flute.checkpoint.sources import gguf as source  # noqa: E402
+from vllm_flute.checkpoint.sources.gguf_file import GgufFile  # noqa: E402
+from vllm_flute.checkpoint.sources.gguf_tokenizer import check_tokenizer, write_tokenizer  # noqa: E402
+from vllm_flute.checkpoint.sources.gguf_types import TABLES, dequantize_rows, to_lut  # noqa: E402
+
+EXACT = ("Q4_0", "Q4_1", "IQ4_NL", "MXFP4", "TQ1_0", "TQ2_0")
+ROUNDED = ("IQ4_XS", "Q4_K", "Q3_K", "Q2_K")
+# Counts and lengths beyond any file, and numbers that break sums.
+_ABSURD = [struct.pack("<Q", value) for value in (0, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+# Types
+
+
+def test_every_table_is_tested():
+    assert {*EXACT, *ROUNDED} == TABLES.keys()
+
+
+@settings(max_examples=20)
+@given(kind=st.sampled_from(EXACT + ROUNDED), n=st.integers(1, 9), blocks=st.integers(1, 9), seed=st.integers(0, 99))
+def test_types_are_the_packages_weights(kind, n, blocks, seed):
+    """Bit by bit where scales have 16 bits; else within the rounding of a scale and of an offset."""
+    k = blocks * 256
+    weight = np.random.default_rng(seed).normal(0, 0.02, (n, k)).astype(np.float32)
+    rows = encode(weight, kind)
+    t, exact = to_lut(rows, kind, "x")
+    expected = torch.from_numpy(decode(rows, kind))
+    assert (t.bits, t.group_size, t.shape) == (*TABLES[kind].spec, (n, k))
+    assert (t.offsets is not None) == TABLES[kind].affine and exact == (kind in EXACT)
+    if exact:
+        assert torch.equal(t.dequantize(), expected)
+    else:
+        groups = expected.view(n, -1, t.group_size)
+        # Of an affine group the code's part and the offset can both be larger than what they add up to.
+        size = groups.abs().amax(-1, keepdim=True) + (
+            0 if t.offsets is None else 2 * t.offsets.float().abs()[..., None]
+        )
+        assert ((t.dequantize().view(groups.shape) - groups).abs() <= 2**-11 * size).all()
+
+
+def test_negative_scales_reach_the_kernels(model):
+    """GGUF's Q4_0 gives the largest weight the code 0, so half of the scales are negative."""
+    t = source.open_(model.path, False).convert("model.layers.0.mlp.up_proj").lut
+    assert (t.scales < 0).any()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
+        for tokens in (1, 32):
+            x = torch.randn(tokens, t.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+            exact = x.float() @ t.dequantize().T
+            assert (lut_linear(x, t).float() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_codes_that_a_type_lacks_are_refused():
+    rows = encode(np.ones((1, 256), np.float32), "TQ2_0")
+    rows[0, 3] = 0xFF
+    with pytest.raises(FluteError, match="x: it has the code 3"):
+        to_lut(rows, "TQ2_0", "x")
+
+
+def test_scales_that_are_not_finite_are_refused():
+    rows = encode(np.ones((2, 64), np.float32), "Q4_0")
+    rows[1, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    with pytest.raises(FluteError, match="x has values that are not finite"):
+        to_lut(rows, "Q4_0", "x")
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "TQ2_0", "IQ4_XS"])
+def test_a_model_keeps_its_weights(tmp_path, kind):
+    made = make_gguf(tmp_path / "in", kind, {"embed": "Q8_0", "lm_head": "Q6_K"})
+    report = import_checkpoint(made.path, tmp_path / "out")
+    exact = kind in EXACT
+    assert report.kind == "gguf" and len(report.layers) == 14 and all(r.exact == exact for r in report.layers)
+    assert report.notes == ["decoded to float16: model.embed_tokens.weight (Q8_0), lm_head.weight (Q6_K)"]
+    assert len(check_checkpoint(tmp_path / "out")) == 14
+    plain = Checkpoint(dequantize_checkpoint(tmp_path / "out", tmp_path / "plain", dtype="float32"))
+    assert plain.headers.keys() == made.weights.keys()
+    for name, weight in made.weights.items():
+        expected = weight if "_proj" in name or weight.dim() == 1 else weight.half().float()
+        lost = (plain.tensor(name) - expected).abs().max()
+        assert lost == 0 if exact or "_proj" not in name else lost <= 2**-10 * expected.abs().max(), name
+
+
+def test_configuration_and_tokenizer_are_the_originals(model, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    out = tmp_path / "out"
+    import_checkpoint(model.path, out)
+    config = json.loads((out / "config.json").read_text())
+    original = llama_config(HIDDEN, INTERMEDIATE, LAYERS, torch.bfloat16)
+    original["eos_token_id"] = [SPECIAL_IDS["<|eot_id|>"], SPECIAL_IDS["<|end_of_text|>"]]
+    assert {key: value for key, value in config.items() if key != "quantization_config"} == original
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == original["eos_token_id"]
+    assert AutoConfig.from_pretrained(out).model_type == "llama"
+
+    made, saved = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(model.path.parent / "tokenizer")
+    assert len(made) == VOCABULARY and made.chat_template == CHAT_TEMPLATE
+    assert (made.bos_token, made.eos_token) == (saved.bos_token, saved.eos_token)
+    chat = [{"role": "user", "content": "don't  panic"}]
+    for text in ("hello there, naïve 日本 42!\n\n", made.apply_chat_template(chat, tokenize=False)):
+        assert made(text)["input_ids"] == saved(text)["input_ids"] and made.decode(made(text)["input_ids"][1:]) == text
+
+
+def test_a_tied_head_and_a_quantized_one(tmp_path):
+    tied = import_checkpoint(make_gguf(tmp_path / "tied", tied=True).path, tmp_path / "a")
+    assert "lm_head" in tied.config.ignore and Checkpoint(tmp_path / "a").tied_head
+    import_checkpoint(make_gguf(tmp_path / "own", types={"lm_head": "Q4_0"}).path, tmp_path / "b")
+    assert "lm_head" in {info.name for info in check_checkpoint(tmp_path / "b")}
+
+
+def test_types_mixed_in_a_fused_layer_agree(tmp_path):
+    """Ternary codes beside 4-bit ones widen, and layers beside affine ones have offsets of 0: exact all the same."""
+    types = {"q_proj": "TQ2_0", "v_proj": "Q4_1", "layers.0.mlp.(gate|up)": "F16", "down_proj": "TQ1_0"}
+    made = make_gguf(tmp_path / "in", types=types)
+    report = import_checkpoint(made.path, tmp_path / "out")
+    layers = {r.name: r for r in report.layers}
+    assert all("offsets" in layers[f"model.layers.0.self_attn.{p}_proj"].extensions for p in "qkv")
+    assert (layers["model.layers.1.mlp.down_proj"].bits, layers["model.layers.1.mlp.down_proj"].group_size) == (2, 256)
+    assert len(layers) == 12 and all(r.exact for r in report.layers)
+    plain = Checkpoint(dequantize_checkpoint(tmp_path / "out", tmp_path / "plain", dtype="float32"))
+    for name, weight in made.weights.items():
+        assert torch.equal(plain.tensor(name), weight), name
+
+
+def test_other_types_need_allow_lossy(tmp_path):
+    made = make_gguf(tmp_path / "in", types={"v_proj": "Q6_K", "down_proj": "Q8_0"})
+    with pytest.raises(FluteError, match=r"4 linear layers .*Q6_K, Q8_0.*--allow-lossy"):
+        import_checkpoint(made.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = import_checkpoint(made.path, tmp_path / "out", allow_lossy=True)
+    lossy = [r for r in report.layers if not r.exact]
+    assert len(lossy) == 4 and all("quantized again: relative error 0." in r.note for r in lossy)
+    plain = Checkpoint(dequantize_checkpoint(tmp_path / "out", tmp_path / "plain", dtype="float32"))
+    for layer in report.layers:
+        weight = made.weights[f"{layer.name}.weight"].view(layer.n, -1, 32)
+        lost = (plain.tensor(f"{layer.name}.weight").view(weight.shape) - weight).abs()
+        # Half of NormalFloat's widest gap (1 - 0.696) of a group's largest, and the rounding of its fp16 scale.
+        assert (lost <= (0 if layer.exact else 0.153) * weight.abs().amax(-1, keepdim=True)).all()
+
+
+def test_a_split_model_is_read_as_one(model, tmp_path):
+    """As llama-gguf-split leaves it: metadata in the first part, some tensors in each."""
+    whole = gguf.GGUFReader(model.path)
+    for i in range(2):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{i + 1:05d}-of-00002.gguf", "llama")
+        for field in whole.fields.values() if i == 0 else ():
+            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", 2)
+        for t in whole.tensors[i::2]:
+            writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    report = import_checkpoint(tmp_path, tmp_path / "out")  # a directory that holds one model
+    assert len(report.layers) == 14 and all(r.exact for r in report.layers)
+    layer = source.open_(tmp_path / "m-00002-of-00002.gguf", False).convert("model.layers.1.self_attn.k_proj").lut
+    assert torch.equal(layer.dequantize(), model.weights["model.layers.1.self_attn.k_proj.weight"])
+    (tmp_path / "m-00001-of-00002.gguf").unlink()
+    with pytest.raises(FluteError, match="m-00001-of-00002.gguf is missing"):
+        source.open_(tmp_path / "m-00002-of-00002.gguf", False)
+
+
+def test_decoding_by_parts_is_decoding(model, monkeypatch):
+    monkeypatch.setattr("vllm_flute.checkpoint.sources.gguf_types._CHUNK_WEIGHTS", 3 * HIDDEN)
+    t = dequantize_rows(GgufFile(model.path), "blk.0.ffn_up.weight", torch.float32)
+    assert torch.equal(t, model.weights["model.layers.0.mlp.up_proj.weight"])
+
+
+# Tokenizers
+
+
+def _metadata(tmp_path, fill) -> GgufFile:
+    """A file of metadata alone."""
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    fill(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return GgufFile(tmp_path / "vocabulary.gguf")
+
+
+def test_sentencepiece_is_sentencepieces(tmp_path):
+    """LLaMA 2's kind, against the sentencepiece package on a vocabulary that it trains here."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from transformers import AutoTokenizer
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat sat on the mat and the dog ran after the cat, then they ate\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "m"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",  # as in LLaMA 2
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "m.model"))
+    size = pieces.get_piece_size()
+    kinds = [
+        6 if pieces.is_byte(i) else 3 if pieces.is_control(i) else 2 if pieces.is_unknown(i) else 1 for i in range(size)
+    ]
+
+    def fill(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([pieces.id_to_piece(i) for i in range(size)])
+        writer.add_token_scores([pieces.get_score(i) for i in range(size)])
+        writer.add_token_types(kinds)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+
+    file = _metadata(tmp_path, fill)
+    assert check_tokenizer(file, size)
+    write_tokenizer(file, tmp_path / "out", 64)
+    made = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the cat sat", "  two  spaces and catmat", "naïve 日本 \n x"):
+        assert made(text)["input_ids"] == [1, *pieces.encode(text)]
+        assert made.decode(made(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_how_text_is_split_depends_on_its_name(model, tmp_path):
+    """LLaMA 3 puts its begin token in front and takes digits by threes, SmolLM takes them one by one."""
+    from transformers import AutoTokenizer
+
+    meta = GgufFile(model.path).metadata
+    found = {}
+    for pre in ("llama-bpe", "smollm", "qwen2", "tekken", "gpt-2"):
+        file = GgufFile(model.path)
+        del file.metadata["tokenizer.ggml.add_bos_token"]
+        file.metadata["tokenizer.ggml.pre"] = pre
+        # One more word, made by no merge, and digits that merge.
+        tokens = meta["tokenizer.ggml.tokens"]
+        file.metadata["tokenizer.ggml.tokens"] = [*tokens[:-4], "12", "123", "1234", "Ġqqqq"]
+        file.metadata["tokenizer.ggml.token_type"] = np.array([1] * (len(tokens) - 66) + [3] * 62 + [1] * 4)
+        file.metadata["tokenizer.ggml.merges"] = ["1 2", "12 3", "123 4", *meta["tokenizer.ggml.merges"]]
+        assert check_tokenizer(file, VOCABULARY)
+        write_tokenizer(file, tmp_path / pre, 64)
+        found[pre] = AutoTokenizer.from_pretrained(tmp_path / pre).tokenize("a1234 qqqq", add_special_tokens=True)
+    assert found["llama-bpe"] == ["<|begin_of_text|>", "a", "123", "4", "Ġqqqq"]
+    assert found["tekken"] == ["<|begin_of_text|>", "a", "1", "2", "3", "4", "Ġqqqq"]
+    assert found["smollm"] == found["qwen2"] == ["a", "1", "2", "3", "4", "Ġq", "qq", "q"]
+    assert found["gpt-2"] == ["a", "1234", "Ġq", "qq", "q"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "bert", "tokenizer of kind 'bert'"),
+        ("pre", "default", "pre-tokenizer 'default'.*known: llama-bpe"),
+        ("tokens", ["a", "a"], "different tokens"),
+        ("tokens", [str(i) for i in range(VOCABULARY + 1)], f"at most {VOCABULARY} different"),
+        ("token_type", np.ones(3), "token_type has not one number"),
+        ("merges", ["ab"], "no list of pairs"),
+        ("bos_token_id", VOCABULARY, f"bos_token_id is {VOCABULARY}, beyond"),
+    ],
+)
+def test_tokenizers_that_cannot_be_rebuilt(model, key, value, message):
+    file = GgufFile(model.path)
+    file.metadata[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(FluteError, match=message):
+        check_tokenizer(file, VOCABULARY)
+
+
+def test_merges_of_unknown_tokens_are_one_line(model, tmp_path):
+    file = GgufFile(model.path)
+    file.metadata["tokenizer.ggml.merges"] = ["nothing such"]
+    with pytest.raises(FluteError, match=r"model.gguf: its vocabulary makes no tokenizer"):
+        write_tokenizer(file, tmp_path / "out", 64)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("general.architecture", "gemma3", "architecture 'gemma3'.*reads GGUF files of 'llama'"),
+        ("llama.expert_count", 8, "mixture of experts"),
+        ("llama.attention.head_count", np.array([8, 4]), "llama.attention.head_count is .*the same for all layers"),
+        ("llama.block_count", 1 << 30, "says that it has 1073741824 layers"),
+        ("llama.embedding_length", "x", "llama.embedding_length is 'x', expected a whole number"),
+        ("llama.feed_forward_length", 1024, r"ffn_gate.weight is Q4_0 \[512, 256\], expected \[1024, 256\]"),
+        ("llama.rope.dimension_count", 16, "llama.rope.dimension_count is 16, expected 32"),
+        ("llama.rope.scaling.type", "longrope", "both rope_freqs.weight and rope scaling 'longrope'"),
+        ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base is 'nan'"),
+        ("llama.rope.freq_base", 10000.0, "rope_freqs.weight are not LLaMA 3.1's factors"),
+    ],
+)
+def test_models_that_are_refused(model, monkeypatch, key, value, message):
+    def read(path):
+        file = GgufFile(path)
+        file.metadata[key] = value
+        return file
+
+    monkeypatch.setattr(source, "GgufFile", read)
+    with pytest.raises(FluteError, match=message):
+        source.open_(model.path, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        ("linear", {"rope_type": "linear", "factor": 4.0}),
+        ("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
+    ],
+)
+def test_rope_scaling_in_metadata(model, monkeypatch, kind, scaling):
+    def read(path):
+        file = GgufFile(path)
+        del file.tensors["rope_freqs.weight"]
+        extra = {"type": kind, "factor": 4.0, "original_context_length": 512}
+        file.metadata |= {f"llama.rope.scaling.{key}": value for key, value in extra.items()}
+        return file
+
+    monkeypatch.setattr(source, "GgufFile", read)
+    assert source.open_(model.path, False).config()["rope_scaling"] == scaling
+
+
+def test_missing_and_unknown_tensors(model, monkeypatch):
+    for change, message in (
+        (lambda t: t.pop("blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
+        (lambda t: t.update({"blk.0.attn_q.bias": t["blk.0.attn_norm.weight"]}), "attn_q.bias"),
+    ):
+
+        def read(path, change=change):
+            file = GgufFile(path)
+            change(file.tensors)
+            return file
+
+        monkeypatch.setattr(source, "GgufFile", read)
+        with pytest.raises(FluteError, match=message):
+            source.open_(model.path, False)
+
+
+# Damaged files
+
+
+def _open(path):
+    """Everything that an import does before and while it reads weights, for what fuzzing cannot make large."""
+    opened = source.open_(path, True)
+    opened.convert("model.layers.0.self_attn.q_proj")
+    opened.tensor("model.norm.weight")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model without its tokenizer: its head is mostly what decides."""
+    path = make_gguf(tmp_path_factory.mktemp("small"), tokenizer=False).path
+    return path.read_bytes(), min(t.offset for t in GgufFile(path).tensors.values())
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_any_damage_to_the_head_is_one_line(small, tmp_path_factory, data):
+    """Bytes, and whole 64-bit counts, changed anywhere in the head: it opens or says what is wrong, nothing else."""
+    content, head = bytearray(small[0]), small[1]
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, head - 8))
+        new = data.draw(st.one_of(st.binary(min_size=1, max_size=1), st.sampled_from(_ABSURD)))
+        content[at : at + len(new)] = new
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        _open(path)
+    except FluteError as e:
+        assert "\n" not in str(e) and "damaged.gguf" in str(e)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@settings(max_examples=40)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_end_is_one_line(small, tmp_path_factory, share):
+    path = tmp_path_factory.getbasetemp() / "cut.gguf"
+    path.write_bytes(small[0][: int(share * len(small[0]))])
+    with pytest.raises(FluteError, match=r"cut.gguf"):
+        _open(path)
+
+
+def test_other_versions_and_byte_orders(small, tmp_path):
+    path = tmp_path / "model.gguf"
+    for version, message in ((1, "version 1, this reads 2 and 3"), (3 << 24, "big-endian")):
+        path.write_bytes(small[0][:4] + struct.pack("<I", version) + small[0][8:])
+        with pytest.raises(FluteError, match=message):
+            source.open_(path, False)
+    path.write_bytes(b"PK" + small[0][2:])
+    with pytest.raises(FluteError, match="is no GGUF file"):
+        source.open_(path, False)
+
+
+def test_a_directory_of_several_models(model, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).symlink_to(model.path)
+    with pytest.raises(FluteError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\): give the file"):
+        source.open_(tmp_path, False)
