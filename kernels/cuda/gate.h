@@ -12,12 +12,13 @@ struct GateCall {
   void* out;       // [M, half], or null: there is no activation
   uint32_t pairs;  // tiles of a half
   int half;        // rows of a half, a multiple of 8
+  int m;
 };
 
 // A call's, for tiles of so many strips and tokens; its `out` is null where it has no activation.
 inline GateCall gate_of(const Gemm& g, int tile_strips, int tile_tokens) {
   const int half = g.w.n / 2, strips = (half + kStripRows - 1) / kStripRows;
-  return {g.gated, uint32_t((strips + tile_strips - 1) / tile_strips) * uint32_t((g.m + tile_tokens - 1) / tile_tokens), half};
+  return {g.gated, uint32_t((strips + tile_strips - 1) / tile_strips) * uint32_t((g.m + tile_tokens - 1) / tile_tokens), half, g.m};
 }
 inline const char* check_gate(const Gemm& g) {
   if (!g.gated) return nullptr;
@@ -43,11 +44,11 @@ FLUTE_DEVICE void silu_mul_octet(const uint16_t* gate, const uint16_t* up, uint1
   store_global(out, product);
 }
 
-// After a tile of `rows` x `tokens` of y was written, from `row` of its half and `token` on, by all kThreads threads of a CTA,
-// which call this. sync() is their barrier, `flag` the shared address of a word of theirs.
-template <bool kF16, int kThreads, class Sync>
-FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspace, uint32_t tile, int row, int rows, int token,
-                              int tokens, int thread, uint32_t flag, const Sync& sync) {
+// After a tile of at most kRows x kTokens of y was written, from `row` of its half and `token` on, by all kThreads threads of a
+// CTA, which call this. sync() is their barrier, `flag` the shared address of a word of theirs.
+template <bool kF16, int kRows, int kTokens, int kThreads, class Sync>
+FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspace, uint32_t tile, int row, int token, int thread,
+                              uint32_t flag, const Sync& sync) {
   threadfence();
   sync();
   if (thread == 0) {  // the counters' second half is the pairs', zero again after every call as the first
@@ -59,7 +60,8 @@ FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspa
   sync();
   if (!lds32(flag)) return;
   threadfence();
-  const int octets = rows / 8;
+  const int rows = gate.half - row < kRows ? gate.half - row : kRows, octets = rows / 8;
+  const int tokens = gate.m - token < kTokens ? gate.m - token : kTokens;
   const uint16_t* const in = static_cast<const uint16_t*>(y) + int64_t(token) * gate.half * 2 + row;
   uint16_t* const out = static_cast<uint16_t*>(gate.out) + int64_t(token) * gate.half + row;
   FLUTE_ROLLED

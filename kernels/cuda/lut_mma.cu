@@ -19,6 +19,7 @@ const char* run_mma(const Gemm& call) {
       return error;
     }
   }
+  if (const char* error = check_gate(call)) return error;
   if (call.m == 0) return nullptr;
   switch (call.w.bits) {
     case 2: return run_mma_bits<2>(call, shift);

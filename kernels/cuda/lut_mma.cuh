@@ -344,29 +344,18 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
     if (combine<kMmaThreads>(work, p.workspace, cta, tile, writer, flag, own, [] { barrier(); })) {
       at = locate<Tile>(p, tile);  // again: it would cost registers to keep
       write_tile<kF16, Tile>(p, at, writer, own);
-      if (p.gate.out) {
-        const int rows = at.rows < at.strips * kStripRows ? at.rows : at.strips * kStripRows;
-        const int tokens = p.m - at.token < Tile::kTokens ? p.m - at.token : Tile::kTokens;
-        finish_pair<kF16, kMmaThreads>(p.gate, p.y, p.workspace, tile, at.first_row - at.shard * p.gate.half, rows, at.token,
-                                       tokens, fresh_thread_id(), flag, [] { barrier(); });
-      }
+      if (!p.gate.out) continue;
+      finish_pair<kF16, Tile::kRowWarps * kStripRows, Tile::kTokens, kMmaThreads>(
+          p.gate, p.y, p.workspace, tile, at.first_row - at.shard * p.gate.half, at.token, writer, flag, [] { barrier(); });
     }
   }
 }
 
 template <int kBits, bool kF16, class Tile>
 const char* launch_mma(const Gemm& call, int group_shift) {
-  MmaParameters p{};
-  p.w = call.w;
-  p.packed = call.packed;
-  p.x = static_cast<const uint16_t*>(call.x);
-  p.bias = static_cast<const uint16_t*>(call.bias);
-  p.y = static_cast<uint16_t*>(call.y);
-  p.workspace = call.workspace;
-  p.m = call.m;
-  p.gate = gate_of(call, Tile::kRowWarps, Tile::kTokens);
-  if (const char* error = check_gate(call)) return error;
-  p.group_shift = group_shift;
+  MmaParameters p{call.w, call.packed, static_cast<const uint16_t*>(call.x), static_cast<const uint16_t*>(call.bias),
+                  static_cast<uint16_t*>(call.y), call.workspace, call.m, group_shift, 0, 0, 0, 0, 0,
+                  gate_of(call, Tile::kRowWarps, Tile::kTokens)};
   p.scale_rows = Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1;
   p.token_tiles = (call.m + Tile::kTokens - 1) / Tile::kTokens;
   p.slices = (call.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps;

@@ -1,7 +1,7 @@
 // K2's entry. FLUTE_SM90A says that the build has code for sm_90a: lut_wgmma_2.cu, _3.cu and _4.cu, compiled for it alone.
 #include <cstdio>
 
-#include "launch.h"
+#include "gate.h"
 
 namespace flute::cuda {
 
@@ -21,6 +21,7 @@ const char* run_wgmma(const Gemm& call) {
     std::snprintf(error, sizeof error, "lut_wgmma: group_size is %d; it takes 16, 32, 64, 128, 256 or K", w.group_size);
     return error;
   }
+  if (const char* error = check_gate(call)) return error;
   if (call.m == 0) return nullptr;
   switch (w.bits) {
     case 2: return run_wgmma_bits<2>(call);

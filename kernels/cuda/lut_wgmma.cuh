@@ -318,10 +318,8 @@ FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, kToken
     if (combine<kConsumers>(work, call.workspace, uint32_t(cta_id()), p.tile, thread, at.flag, values, sync)) {
       write_tile<kF16>(call, p, strip, half, lane, at.out + warp * WgmmaShared<kBits, kTokens>::kWarpOut, values);
       if (call.gate.out) {
-        const int row = p.strip * kStripRows, left = p.shard.rows - row, rows = p.strips * kStripRows;
-        const int tokens = call.m - p.token < kTokens ? call.m - p.token : kTokens;
-        finish_pair<kF16, kConsumers>(call.gate, call.y, call.workspace, p.tile, row, left < rows ? left : rows, p.token, tokens,
-                                      thread, at.flag, sync);
+        finish_pair<kF16, kTileStrips * kStripRows, kTokens, kConsumers>(call.gate, call.y, call.workspace, p.tile,
+                                                                         p.strip * kStripRows, p.token, thread, at.flag, sync);
       }
     }
   });
@@ -354,7 +352,6 @@ template <int kBits, bool kF16, int kTokens>
 const char* run_wgmma_tile(const Gemm& g) {
   using At = WgmmaShared<kBits, kTokens>;
   WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0, gate_of(g, kTileStrips, kTokens)};
-  if (const char* error = check_gate(g)) return error;
   const int groups = block_groups(g.w);
   call.stages = (g.device.shared_bytes - At::bytes(0, groups)) / At::stage_bytes(groups);
   call.stages = call.stages < kWgmmaStages ? call.stages : kWgmmaStages;
