@@ -15,10 +15,14 @@ HIDDEN, INTERMEDIATE, LAYERS = 256, 512, 2
 
 
 class Made(NamedTuple):
-    """A checkpoint and, in float32, all its weights by name as the source's own dequantization gives them."""
+    """A checkpoint and, in float32, all its weights by name as the source's own dequantization gives them.
+
+    ``architecture``: what its config.json has that a LLaMA's has not.
+    """
 
     path: Path
     weights: dict[str, torch.Tensor]
+    architecture: dict = {}
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], quantization_config: dict | None, dtype=torch.float16) -> None:

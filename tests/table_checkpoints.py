@@ -176,8 +176,12 @@ def make_bitnet(path: Path, mode: str = "packed", sub_norms: bool = False) -> Ma
                 stored[name] = torch.linspace(0.5, 1.5, size).bfloat16()
                 weights[name] = stored[name].float()
     write(path, stored, settings, torch.bfloat16)
-    if sub_norms:
-        config = json.loads((path / "config.json").read_text())
-        config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2"}
-        (path / "config.json").write_text(json.dumps(config))
-    return Made(path, weights)
+    if not sub_norms:
+        return Made(path, weights)
+    architecture = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2"}
+    # As published: the files are not needed, transformers has the classes.
+    files = {"AutoConfig": "configuration_bitnet.BitNetConfig"}
+    files["AutoModelForCausalLM"] = "modeling_bitnet.BitNetForCausalLM"
+    config = json.loads((path / "config.json").read_text()) | architecture | {"auto_map": files}
+    (path / "config.json").write_text(json.dumps(config))
+    return Made(path, weights, architecture)
