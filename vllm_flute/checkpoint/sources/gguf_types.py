@@ -5,6 +5,7 @@ decoded by the `gguf` package.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -22,64 +23,91 @@ FLOAT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # doubled
 # Weights that are worked on at once: a few MB, which stay in a cache.
-_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_WEIGHTS = 1 << 19
 
 
 class _Decoded(NamedTuple):
-    """Of blocks ``[..., blocks]``: packed codes uint8, scales and offsets fp32, each block's in the last axes."""
+    """Of each block: packed codes uint8, scales fp32 and offsets fp32 or None, all ``[blocks, ...]``."""
 
     packed: np.ndarray
     scales: np.ndarray
     offsets: np.ndarray | None = None
 
 
-def _half(data: np.ndarray) -> np.ndarray:
-    """fp16 values stored in bytes ``[..., 2n]`` as fp32 ``[..., n]``."""
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+def _column(blocks: np.ndarray, at: int, dtype: str) -> np.ndarray:
+    """The numbers at byte ``at`` of every block, copied in one long loop; blocks are uint8 ``[blocks, bytes]``."""
+    return np.ndarray(len(blocks), dtype, blocks, at, blocks.strides[:1]).copy()
 
 
-def _nibbles(data: np.ndarray) -> np.ndarray:
-    """4-bit codes in the order of lut-v1, from groups of 2n in bytes ``[..., n]`` with codes (i, i + n) in each."""
-    pairs = np.ascontiguousarray(data).view("<u2")
-    low = (pairs & 0x000F) | (pairs >> 4 & 0x00F0)
-    high = (pairs >> 4 & 0x000F) | (pairs >> 8 & 0x00F0)
-    return np.concatenate([low.astype(np.uint8), high.astype(np.uint8)], axis=-1)
+def _half(blocks: np.ndarray, at: int = 0) -> np.ndarray:
+    """The fp16 numbers at byte ``at`` as fp32 ``[blocks, 1]``."""
+    return _column(blocks, at, "<f2").astype(np.float32)[:, None]
+
+
+def _every_other(x: np.ndarray) -> np.ndarray:
+    """The low nibbles of eight bytes (uint64) side by side (uint32)."""
+    x = x & 0x0F0F0F0F0F0F0F0F
+    for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)):
+        x |= x >> shift
+        x &= mask
+    return x.astype(np.uint32)
+
+
+def _nibbles(blocks: np.ndarray, first: int, size: int) -> np.ndarray:
+    """4-bit codes in the order of lut-v1, uint8 ``[blocks, bytes]``, from byte ``first`` of each block on.
+
+    ``size`` bytes hold ``2 * size`` codes, code i and code i + size in byte i; so to the end of a block.
+    """
+    words = size // 8
+    groups = (blocks.shape[1] - first) // size
+    out = np.empty((len(blocks), groups, 2, words), np.uint32)
+    for group in range(groups):
+        for word in range(words):
+            x = _column(blocks, first + group * size + word * 8, "<u8")
+            out[:, group, 0, word] = _every_other(x)
+            out[:, group, 1, word] = _every_other(x >> 4)
+    return out.view(np.uint8).reshape(len(blocks), -1)
 
 
 def _quarters(data: np.ndarray) -> np.ndarray:
-    """2-bit codes in the order of lut-v1, from groups of 128 in bytes ``[..., 32]`` (i, i + 32, i + 64, i + 96)."""
+    """2-bit codes in the order of lut-v1, from groups of 4n in bytes ``[..., n]`` (i, i + n, i + 2n, i + 3n)."""
     words = np.ascontiguousarray(data).view("<u4")
-    parts = []
-    for shift in (0, 2, 4, 6):
-        codes = words >> shift & 0x03030303
-        parts.append((codes | codes >> 6 | codes >> 12 | codes >> 18).astype(np.uint8))
-    return np.concatenate(parts, axis=-1)
+    out = np.empty((*data.shape[:-1], 4, words.shape[-1]), np.uint8)
+    for i in range(4):
+        codes = words >> 2 * i & 0x03030303
+        codes |= codes >> 6
+        codes |= codes >> 12
+        out[..., i, :] = codes
+    return out.reshape(data.shape)
 
 
-def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes ``[..., 256]`` packed."""
-    return pack_codes(torch.from_numpy(codes.reshape(-1, 256)), bits).numpy().reshape(*codes.shape[:-1], -1)
+def _eighths(codes: np.ndarray) -> np.ndarray:
+    """3-bit codes, one a byte ``[..., 8n]``, packed ``[..., 3n]``."""
+    x = codes.view("<u8")
+    for shift, mask in ((5, 0x003F003F003F003F), (10, 0x00000FFF00000FFF), (20, 0x0000000000FFFFFF)):
+        x = (x | x >> shift) & mask
+    return np.ascontiguousarray(x.view(np.uint8).reshape(*x.shape, 8)[..., :3]).reshape(*x.shape[:-1], -1)
 
 
 def _q4(blocks: np.ndarray) -> _Decoded:
-    return _Decoded(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]))
+    return _Decoded(_nibbles(blocks, 2, 16), _half(blocks))
 
 
 def _q4_1(blocks: np.ndarray) -> _Decoded:
-    return _Decoded(_nibbles(blocks[..., 4:]), _half(blocks[..., :2]), _half(blocks[..., 2:4]))
+    return _Decoded(_nibbles(blocks, 4, 16), _half(blocks), _half(blocks, 2))
 
 
 def _mxfp4(blocks: np.ndarray) -> _Decoded:
     """A power of two 2**(e - 127), halved as the table is doubled, before the codes."""
-    return _Decoded(_nibbles(blocks[..., 1:]), np.ldexp(np.float32(1), blocks[..., :1].astype(np.int32) - 128))
+    return _Decoded(_nibbles(blocks, 1, 16), np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128))
 
 
 def _iq4_xs(blocks: np.ndarray) -> _Decoded:
     """Eight groups of 32 with 6-bit scales: 4 low bits in bytes 4..7, 2 high bits in the 16 bits of bytes 2..3."""
-    high = np.ascontiguousarray(blocks[..., 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    high = _column(blocks, 2, "<u2")[:, None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).reshape(high.shape)
-    scales = _half(blocks[..., :2]) * ((low | high << 4).astype(np.float32) - 32)
-    return _Decoded(_nibbles(blocks[..., 8:].reshape(*scales.shape, 16)), scales)
+    scales = _half(blocks) * ((low | high << 4).astype(np.float32) - 32)
+    return _Decoded(_nibbles(blocks, 8, 16), scales)
 
 
 def _q4_k(blocks: np.ndarray) -> _Decoded:
@@ -87,8 +115,7 @@ def _q4_k(blocks: np.ndarray) -> _Decoded:
     first, second, third = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     scales = np.concatenate([first & 63, third & 15 | first >> 2 & 48], axis=-1).astype(np.float32)
     minima = np.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=-1).astype(np.float32)
-    packed = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32))
-    return _Decoded(packed, _half(blocks[..., :2]) * scales, -_half(blocks[..., 2:4]) * minima)
+    return _Decoded(_nibbles(blocks, 16, 32), _half(blocks) * scales, -_half(blocks, 2) * minima)
 
 
 def _q3_k(blocks: np.ndarray) -> _Decoded:
@@ -101,33 +128,37 @@ def _q3_k(blocks: np.ndarray) -> _Decoded:
     nibbles = np.concatenate([first & 15, first >> 4], axis=-1)
     top = (blocks[..., None, 104:108] >> shifts & 3).reshape(*lead, 16)
     scales = (nibbles | top << 4).astype(np.float32) - 32
-    return _Decoded(_packed(low | high << 2, 3), _half(blocks[..., 108:110]) * scales)
+    return _Decoded(_eighths(low | high << 2), _half(blocks, 108) * scales)
 
 
 def _q2_k(blocks: np.ndarray) -> _Decoded:
     """Sixteen groups of 16: 4-bit scales and minima (a byte each), codes (64 bytes), units of scales and of minima."""
     scales, minima = (blocks[..., :16] & 15).astype(np.float32), (blocks[..., :16] >> 4).astype(np.float32)
     packed = _quarters(blocks[..., 16:80].reshape(*blocks.shape[:-1], 2, 32))
-    return _Decoded(packed, _half(blocks[..., 80:82]) * scales, -_half(blocks[..., 82:84]) * minima)
+    return _Decoded(packed, _half(blocks, 80) * scales, -_half(blocks, 82) * minima)
+
+
+# The five ternary digits of a byte, most significant first, as a fraction of 256: digit i is the top of
+# byte * 3**i * 3 / 256. Four of them side by side, and the fifth.
+_DIGITS = np.arange(256)[:, None] * np.array([1, 3, 9, 27, 81]) % 256 * 3 >> 8
+_FIRST_FOUR = (_DIGITS[:, :4] << np.array([0, 2, 4, 6])).sum(1).astype(np.uint8)
+_FIFTH = _DIGITS[:, 4].astype(np.uint8)
 
 
 def _tq1_0(blocks: np.ndarray) -> _Decoded:
-    """Five ternary digits a byte, as fractions of 256: the next digit is the top of byte * 3**i * 3 / 256."""
-
-    def digits(part: np.ndarray, run: int, count: int) -> np.ndarray:
-        powers = np.array([1, 3, 9, 27, 81][:count], np.uint8)[:, None]
-        rest = part.reshape(*part.shape[:-1], -1, 1, run) * powers
-        return (rest.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(*part.shape[:-1], -1)
-
-    parts = digits(blocks[..., :32], 32, 5), digits(blocks[..., 32:48], 16, 5), digits(blocks[..., 48:52], 4, 4)
-    return _Decoded(_packed(np.concatenate(parts, axis=-1), 2), _half(blocks[..., 52:54]))
+    """Codes i, i + n, .. i + 4n in byte i of 32, then of 16 bytes, the last 16 codes in 4 bytes."""
+    first, fifth = _FIRST_FOUR[blocks[:, :52]], _FIFTH[blocks[:, :48]]
+    parts = []
+    for begin, end in ((0, 32), (32, 48)):
+        parts += [_quarters(first[:, begin:end]), _quarters(fifth[:, begin:end])[:, : (end - begin) // 4]]
+    return _Decoded(np.concatenate([*parts, _quarters(first[:, 48:])], axis=-1), _half(blocks, 52))
 
 
 def _tq2_0(blocks: np.ndarray) -> _Decoded:
     if (blocks[..., :64] & blocks[..., :64] >> 1 & 0x55).any():
         raise FluteError("it has the code 3, which TQ2_0 (-1, 0, 1) does not have: fetch the file again")
     packed = _quarters(blocks[..., :64].reshape(*blocks.shape[:-1], 2, 32))
-    return _Decoded(packed, _half(blocks[..., 64:66]))
+    return _Decoded(packed, _half(blocks, 64))
 
 
 class _Type(NamedTuple):
@@ -166,20 +197,24 @@ def to_lut(rows: np.ndarray, kind: str, name: str) -> tuple[LutTensor, bool]:
     Raises FluteError for scales that are not finite, and for codes that the type does not have.
     """
     spec, table, block_weights, block_bytes, decode, affine = TABLES[kind]
-    n, blocks = len(rows), rows.shape[1] // block_bytes
-    k = blocks * block_weights
+    n, k = len(rows), rows.shape[1] // block_bytes * block_weights
     qweight = torch.empty(n, k * spec.bits // 8, dtype=torch.uint8)
     scales = torch.empty(n, k // spec.group_size)
     offsets = torch.empty_like(scales) if affine else None
     step = max(1, _CHUNK_WEIGHTS // k)
-    for i in range(0, n, step):
-        try:
-            found = decode(rows[i : i + step].reshape(-1, blocks, block_bytes))
-        except FluteError as e:
-            raise FluteError(f"{name}: {e}") from None
+
+    def convert(i: int) -> None:
+        found = decode(rows[i : i + step].reshape(-1, block_bytes))
         for whole, part in zip((qweight, scales, offsets), found, strict=True):
             if whole is not None:
                 whole[i : i + step] = torch.from_numpy(part).view(-1, whole.shape[1])
+
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(convert, range(0, n, step)):
+                pass
+    except FluteError as e:
+        raise FluteError(f"{name}: {e}") from None
     levels = torch.tensor(table, dtype=torch.float32)
     # Powers of two of 8 bits, which fp16 has not.
     dtype = torch.bfloat16 if kind == "MXFP4" else torch.float16
