@@ -1,11 +1,12 @@
 """What imported checkpoints need of the plugin: offsets and permuted inputs on vLLM's own layers, rank by rank."""
 
+import json
 import re
 from functools import partial
 
 import pytest
 import torch
-from source_checkpoints import pack_awq, pack_gptq, pack_upstream
+from source_checkpoints import make_upstream_flute, pack_awq, pack_gptq, pack_upstream
 from test_plugin import PLAIN, ranks, vllm_config  # noqa: F401 (fixtures)
 from tolerance import allowed_error, assert_within_bound
 from vllm.model_executor.layers import linear as vllm_linear
@@ -170,3 +171,17 @@ def test_upstream_tensors_are_loaded_as_they_are(ranks, bits, size):  # noqa: F8
         out.append(layer(x)[0].chunk(2, dim=-1))
     for i, t in enumerate(parts):
         assert_within_bound(torch.cat([o[i] for o in out], dim=-1), x, t)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_upstream_checkpoints_are_recognised_and_checked(tmp_path, older):
+    path = make_upstream_flute(tmp_path / "source", 2, older=older).path
+    found = json.loads((path / "config.json").read_text()).get("quantization_config")
+    made = FluteConfig.from_config(found) if found else FluteConfig()
+    made.maybe_update_config(str(path))
+    assert made.upstream and not made.online
+    assert made.layer_spec("model.layers.0.mlp.down_proj") == (2, 64) and made.lut.is_ignored("lm_head")
+    shard = path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(FluteError, match="is truncated"):
+        made.maybe_update_config(str(path))

@@ -104,11 +104,15 @@ class FluteConfig(QuantizationConfig):
         """Check the memory and a local checkpoint's headers before an engine starts, while an error is one line."""
         if current_platform.is_cpu():
             check_kv_space()
+        path = Path(model_name)
+        if self.online and path.is_dir() and (found := upstream_flute.settings(path, read_json(path / CONFIG))):
+            self.lut, self.upstream = upstream_flute.lut_config(found, str(path / upstream_flute.SETTINGS)), True
         if self.online:
             logger.info("online quantization while loading: %s", self.lut)
-        path = Path(model_name)
         if path.is_dir():
-            if self.online:
+            if self.upstream:
+                upstream.check(path)
+            elif self.online:
                 check_plain(read_json(path / CONFIG), path)
             elif any(path.glob("*.safetensors*")):  # --load-format dummy needs none
                 check_checkpoint(path)
