@@ -80,8 +80,9 @@ def pack_upstream(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(packed >= 1 << 15, packed - (1 << 16), packed).to(torch.int16)
 
 
-def make_upstream_flute(path: Path, bits: int = 4, group: int = 64, older: bool = False) -> Made:
-    """Upstream FLUTE; ``older``: the settings in flute_config.json. N of a layer must be a multiple of 128 to 512."""
+def make_upstream_flute(path: Path, group: int = 64, older: bool = False) -> Made:
+    """Upstream FLUTE, 4 bits (2 and 3 want wider layers); ``older``: the settings in flute_config.json."""
+    bits = 4
     table = normal_float(bits).half()
     settings = {"num_bits": bits, "group_size": group, "num_sms_packed": 108, "example_batch_size": 1}
 

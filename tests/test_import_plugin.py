@@ -175,12 +175,12 @@ def test_upstream_tensors_are_loaded_as_they_are(ranks, bits, size):  # noqa: F8
 
 @pytest.mark.parametrize("older", [False, True])
 def test_upstream_checkpoints_are_recognised_and_checked(tmp_path, older):
-    path = make_upstream_flute(tmp_path / "source", 2, older=older).path
+    path = make_upstream_flute(tmp_path / "source", older=older).path
     found = json.loads((path / "config.json").read_text()).get("quantization_config")
     made = FluteConfig.from_config(found) if found else FluteConfig()
     made.maybe_update_config(str(path))
     assert made.upstream and not made.online
-    assert made.layer_spec("model.layers.0.mlp.down_proj") == (2, 64) and made.lut.is_ignored("lm_head")
+    assert made.layer_spec("model.layers.0.mlp.down_proj") == (4, 64) and made.lut.is_ignored("lm_head")
     shard = path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(FluteError, match="is truncated"):
