@@ -63,7 +63,7 @@ def test_without_its_package(tmp_path, monkeypatch):
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    def fail(path, allow_lossy):
+    def fail(path):
         raise FluteError("broken")
 
     monkeypatch.setattr(demo_model.gguf, "open_", fail)

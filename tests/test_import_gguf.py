@@ -66,7 +66,7 @@ def test_types_are_the_packages_weights(kind, n, blocks, seed):
 
 def test_negative_scales_reach_the_kernels(model):
     """GGUF's Q4_0 gives the largest weight the code 0, so half of the scales are negative."""
-    t = source.open_(model.path, False).convert("model.layers.0.mlp.up_proj").lut
+    t = source.open_(model.path).convert("model.layers.0.mlp.up_proj").lut
     assert (t.scales < 0).any()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
         for tokens in (1, 32):
@@ -151,7 +151,7 @@ def test_types_mixed_in_a_fused_layer_agree(tmp_path):
 
 def test_other_types_need_allow_lossy(tmp_path):
     made = make_gguf(tmp_path / "in", types={"v_proj": "Q6_K", "down_proj": "Q8_0"})
-    with pytest.raises(FluteError, match=r"4 linear layers .*Q6_K, Q8_0.*--allow-lossy"):
+    with pytest.raises(FluteError, match=r"4 linear layers .*Q6_K, Q8_0.*--allow-lossy.*--ignore"):
         import_checkpoint(made.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = import_checkpoint(made.path, tmp_path / "out", allow_lossy=True)
@@ -163,6 +163,15 @@ def test_other_types_need_allow_lossy(tmp_path):
         lost = (plain.tensor(f"{layer.name}.weight").view(weight.shape) - weight).abs()
         # Half of NormalFloat's widest gap (1 - 0.696) of a group's largest, and the rounding of its fp16 scale.
         assert (lost <= (0 if layer.exact else 0.153) * weight.abs().amax(-1, keepdim=True)).all()
+
+
+def test_layers_that_no_table_fits_can_stay_plain(tmp_path):
+    made = make_gguf(tmp_path / "in", types={"down_proj": "Q6_K"})
+    import_checkpoint(made.path, tmp_path / "out", ignore=["down_proj"])
+    out = Checkpoint(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(out.tensor(name), made.weights[name].to(torch.bfloat16))
+    assert len(check_checkpoint(tmp_path / "out")) == 12
 
 
 def test_a_split_model_is_read_as_one(model, tmp_path):
@@ -184,11 +193,11 @@ def test_a_split_model_is_read_as_one(model, tmp_path):
         writer.close()
     report = import_checkpoint(tmp_path, tmp_path / "out")  # a directory that holds one model
     assert len(report.layers) == 14 and all(r.exact for r in report.layers)
-    layer = source.open_(tmp_path / "m-00002-of-00002.gguf", False).convert("model.layers.1.self_attn.k_proj").lut
+    layer = source.open_(tmp_path / "m-00002-of-00002.gguf").convert("model.layers.1.self_attn.k_proj").lut
     assert torch.equal(layer.dequantize(), model.weights["model.layers.1.self_attn.k_proj.weight"])
     (tmp_path / "m-00001-of-00002.gguf").unlink()
     with pytest.raises(FluteError, match="m-00001-of-00002.gguf is missing"):
-        source.open_(tmp_path / "m-00002-of-00002.gguf", False)
+        source.open_(tmp_path / "m-00002-of-00002.gguf")
 
 
 def test_decoding_by_parts_is_decoding(model, monkeypatch):
@@ -328,7 +337,7 @@ def test_models_that_are_refused(model, monkeypatch, key, value, message):
 
     monkeypatch.setattr(source, "GgufFile", read)
     with pytest.raises(FluteError, match=message):
-        source.open_(model.path, False)
+        source.open_(model.path)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +356,7 @@ def test_rope_scaling_in_metadata(model, monkeypatch, kind, scaling):
         return file
 
     monkeypatch.setattr(source, "GgufFile", read)
-    assert source.open_(model.path, False).config()["rope_scaling"] == scaling
+    assert source.open_(model.path).config()["rope_scaling"] == scaling
 
 
 def test_missing_and_unknown_tensors(model, monkeypatch):
@@ -363,7 +372,7 @@ def test_missing_and_unknown_tensors(model, monkeypatch):
 
         monkeypatch.setattr(source, "GgufFile", read)
         with pytest.raises(FluteError, match=message):
-            source.open_(model.path, False)
+            source.open_(model.path)
 
 
 # Damaged files
@@ -371,7 +380,7 @@ def test_missing_and_unknown_tensors(model, monkeypatch):
 
 def _open(path):
     """Everything that an import does before and while it reads weights, for what fuzzing cannot make large."""
-    opened = source.open_(path, True)
+    opened = source.open_(path)
     opened.convert("model.layers.0.self_attn.q_proj")
     opened.tensor("model.norm.weight")
 
@@ -419,14 +428,14 @@ def test_other_versions_and_byte_orders(small, tmp_path):
     for version, message in ((1, "version 1, this reads 2 and 3"), (3 << 24, "big-endian")):
         path.write_bytes(small[0][:4] + struct.pack("<I", version) + small[0][8:])
         with pytest.raises(FluteError, match=message):
-            source.open_(path, False)
+            source.open_(path)
     path.write_bytes(b"PK" + small[0][2:])
     with pytest.raises(FluteError, match="is no GGUF file"):
-        source.open_(path, False)
+        source.open_(path)
 
 
 def test_a_directory_of_several_models(model, tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).symlink_to(model.path)
     with pytest.raises(FluteError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\): give the file"):
-        source.open_(tmp_path, False)
+        source.open_(tmp_path)

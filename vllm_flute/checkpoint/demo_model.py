@@ -56,7 +56,7 @@ def write_demo_model(out: str | Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        model = gguf.open_(source, allow_lossy=False)
+        model = gguf.open_(source)
         config = model.config()
         write_tensors(directory / SINGLE, {name: model.decoded(name, torch.bfloat16) for name in model.tensors()})
         model.extra_files(directory)

@@ -114,17 +114,25 @@ def import_checkpoint(
         FluteError: a format that is not known, a broken source, layers that lut-v1 cannot hold, an ``out`` that holds
             something else.
     """
-    source = open_source(src, allow_lossy)
+    source = open_source(src)
     if Path(out).resolve() == source.path.resolve():
         raise FluteError(f"{out} is the source itself: choose another output directory")
     config = source.config()
     lut = _plan(source, list(ignore))
     quantized = source.quantized()
+    lossy = {layer: what for layer, what in source.lossy.items() if not lut.is_ignored(layer)}
+    if lossy and not allow_lossy:
+        kinds = ", ".join(sorted(set(lossy.values())))
+        raise FluteError(
+            f"{source.path}: {len(lossy)} linear layers ({next(iter(lossy))} and others) are {kinds}, which no table "
+            "times a scale can say: give --allow-lossy to quantize them again, or --ignore NAME to keep them plain"
+        )
     name = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     dtype = getattr(torch, str(name), None)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise FluteError(f"{source.path}: the model's dtype is {name!r}, expected bfloat16, float16 or float32")
 
+    as_plain = f"as plain {name}"
     orders: dict[str, torch.Tensor | None] = {}
 
     def check_order(layer: str, perm: torch.Tensor | None) -> None:
@@ -142,18 +150,16 @@ def import_checkpoint(
         layer = unit.removesuffix(".weight")
         if layer not in quantized:
             return {unit: source.tensor(unit)}, None
+        if lut.is_ignored(layer):
+            weight = source.plain(layer, dtype)
+            return {unit: weight}, asdict(ImportedLayer(layer, *weight.shape, 0, 0, weight.nbytes, False, as_plain))
         made = source.convert(layer)
         check_order(layer, made.lut.perm)
-        n, k = made.lut.shape
-        if not lut.is_ignored(layer):
-            report = ImportedLayer(layer, n, k, *quantized[layer], made.lut.nbytes, made.exact, made.note)
-            parts = _parts(layer, made.lut, lut.layer(layer))
-            used = [part for part in EXTENSIONS if part in parts]
-            stored = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
-            return stored, asdict(replace(report, extensions=used))
-        weight = made.lut.dequantize(dtype)
-        report = ImportedLayer(layer, n, k, 0, 0, weight.nbytes, False, f"as plain {name}")
-        return {unit: weight}, asdict(report)
+        report = ImportedLayer(layer, *made.lut.shape, *quantized[layer], made.lut.nbytes, made.exact, made.note)
+        parts = _parts(layer, made.lut, lut.layer(layer))
+        used = [part for part in EXTENSIONS if part in parts]
+        stored = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        return stored, asdict(replace(report, extensions=used))
 
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files}
     options = {"version": __version__, "import": source.kind, "config": lut.to_dict(), "lossy": allow_lossy}

@@ -94,7 +94,7 @@ def _lut(source: Checkpoint) -> dict:
 
 def _foreign(path: str | Path) -> dict:
     """One layer of each name within a block is converted, and stands for all that have its settings."""
-    source = open_source(path, allow_lossy=True)
+    source = open_source(path)
     alike = Counter((name.rpartition(".")[2], spec) for name, spec in source.quantized().items())
     found = {}
     for name, spec in source.quantized().items():

@@ -1,8 +1,7 @@
 """Quantized checkpoints of other tools, one file a format.
 
 Each module has ``NAME``, what the format is called; ``detect(path, config) -> bool``, which never raises, for a
-directory and its config.json or a file and {}; ``open_(path, allow_lossy) -> Source``, which raises FluteError.
-``allow_lossy``: layers that no table fits may be quantized again.
+directory and its config.json or a file and {}; ``open_(path) -> Source``, which raises FluteError.
 """
 
 from pathlib import Path
@@ -17,7 +16,7 @@ from .base import Converted, Source
 MODULES = (upstream_flute, gptq, awq, bitsandbytes, compressed_tensors, modelopt, mxfp4, bitnet, higgs, gguf)
 
 
-def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
+def open_source(source: str | Path) -> Source:
     """Open a directory, a hub id or a single file in any format that `vllm-flute import` reads.
 
     Raises:
@@ -31,7 +30,7 @@ def open_source(source: str | Path, allow_lossy: bool = False) -> Source:
         config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     for module in MODULES:
         if module.detect(path, config):
-            return module.open_(path, allow_lossy)
+            return module.open_(path)
     if path.is_dir():
         read_json(path / CONFIG)  # says that it is missing
     found = config.get("quantization_config")

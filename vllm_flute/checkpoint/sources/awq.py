@@ -92,5 +92,5 @@ def detect(path: Path, config: dict) -> bool:
     )
 
 
-def open_(path: Path, allow_lossy: bool) -> Awq:
+def open_(path: Path) -> Awq:
     return Awq(path, read_json(path / "config.json")["quantization_config"])

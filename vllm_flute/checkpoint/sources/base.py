@@ -1,5 +1,6 @@
 """What a source of `vllm-flute import` is: a quantized checkpoint that is read layer by layer as lut-v1."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Source(Protocol):
         files: whose size and time tell whether an interrupted import may continue.
         nbytes: of all tensors.
         notes: what a user should know about the whole, one line each.
+        lossy: layers of ``quantized`` that no table fits, and what they are; `convert` quantizes them again.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Source(Protocol):
     files: list[Path]
     nbytes: int
     notes: list[str]
+    lossy: Mapping[str, str]
 
     def config(self) -> dict:
         """config.json of the plain model, without a quantization_config."""
@@ -56,6 +59,9 @@ class Source(Protocol):
         """Bits and group size in lut-v1 of each quantized layer P, from headers alone."""
 
     def convert(self, layer: str) -> Converted: ...
+
+    def plain(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[N, K]`` of a quantized layer, computed in fp32 and rounded once."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """A plain tensor as it is."""
@@ -86,6 +92,7 @@ class Directory:
         self.files = [self.path / name for name in [*self.checkpoint.files, "config.json"]]
         self.nbytes = self.checkpoint.nbytes
         self.notes: list[str] = []
+        self.lossy: dict[str, str] = {}
         self.headers = self.checkpoint.headers
         marker = f".{self.parts[0]}"
         self.layers = [name.removesuffix(marker) for name in self.headers if name.endswith(marker)]
@@ -119,6 +126,12 @@ class Directory:
                 f"{dims} dimensions: is this really {self.kind}?"
             )
         return found
+
+    def convert(self, layer: str) -> Converted:
+        raise NotImplementedError
+
+    def plain(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.convert(layer).lut.dequantize(dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.checkpoint.tensor(name)

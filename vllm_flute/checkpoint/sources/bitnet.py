@@ -133,5 +133,5 @@ def detect(path: Path, config: dict) -> bool:
     return settings(config).get("quant_method") == NAME
 
 
-def open_(path: Path, allow_lossy: bool) -> BitNet:
+def open_(path: Path) -> BitNet:
     return BitNet(path)

@@ -175,5 +175,5 @@ def detect(path: Path, config: dict) -> bool:
     return settings(config).get("quant_method") == NAME
 
 
-def open_(path: Path, allow_lossy: bool) -> BitsAndBytes:
+def open_(path: Path) -> BitsAndBytes:
     return BitsAndBytes(path)

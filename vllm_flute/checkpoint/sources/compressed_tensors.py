@@ -98,5 +98,5 @@ def detect(path: Path, config: dict) -> bool:
     return settings(config).get("quant_method") == NAME
 
 
-def open_(path: Path, allow_lossy: bool) -> CompressedTensors:
+def open_(path: Path) -> CompressedTensors:
     return CompressedTensors(path)

@@ -34,8 +34,8 @@ def detect(path: Path, config: dict) -> bool:
         return False
 
 
-def open_(path: Path, allow_lossy: bool) -> "GgufSource":
-    return GgufSource(path, allow_lossy)
+def open_(path: Path) -> "GgufSource":
+    return GgufSource(path)
 
 
 def _only_file(path: Path) -> Path:
@@ -51,17 +51,17 @@ class GgufSource:
     """A LLaMA model in GGUF, as `Source`.
 
     Linear layers whose type is a table times a scale become lut-v1 as they are. The embedding, and a head of another
-    type, are decoded to fp16. Layers of types that no table fits are quantized again, 4-bit NormalFloat in groups
-    of 32, where that is allowed; layers in floating point stay.
+    type, are decoded to fp16. Layers of types that no table fits, and floating point ones in a fused layer with
+    others, are quantized again: 4-bit NormalFloat in groups of 32 (16 beside such).
 
     Raises:
         FluteError: see `GgufFile`, `llama_config` and `check_tokenizer`; tensors that are missing, not known or of
-            other shapes; layers that only ``allow_lossy`` can convert.
+            other shapes.
     """
 
     kind = NAME
 
-    def __init__(self, path: Path, allow_lossy: bool):
+    def __init__(self, path: Path):
         self.path = path
         self.file = GgufFile(_only_file(path) if path.is_dir() else path)
         self.files, self.nbytes = self.file.files, self.file.nbytes
@@ -70,10 +70,10 @@ class GgufSource:
         self.stored = {hf_name(name): name for name in self.file.tensors if name != ROPE_FREQS}
         self.has_tokenizer = check_tokenizer(self.file, self._config["vocab_size"])
         self.specs: dict[str, LayerSpec] = {}
-        self.lossy: set[str] = set()
+        self.lossy: dict[str, str] = {}
         self.affine: set[str] = set()
         self.notes: list[str] = [] if self.has_tokenizer else ["the file has no tokenizer"]
-        self._plan(allow_lossy)
+        self._plan()
 
     def _check_shapes(self) -> None:
         path, tensors = self.file.path, self.file.tensors
@@ -98,9 +98,8 @@ class GgufSource:
         """GGUF's type of a tensor by its Hugging Face name."""
         return self.file.tensors[self.stored[name]].type
 
-    def _plan(self, allow_lossy: bool) -> None:
+    def _plan(self) -> None:
         """Decide what each linear layer becomes; layers that vLLM fuses agree in bits and group size."""
-        refused = []
         done = set()
         for name in self.stored:
             found = _BLOCK_LINEAR.fullmatch(name)
@@ -112,31 +111,21 @@ class GgufSource:
             types = {n: self._type(n) for n in names}
             if all(kind in FLOAT for kind in types.values()):
                 continue
-            exact = [TABLES[kind].spec for kind in types.values() if kind in TABLES]
             # Wider codes and smaller groups say the same.
-            spec = LayerSpec(max(s.bits for s in exact), min(s.group_size for s in exact)) if exact else _LOSSY
+            needed = [TABLES[kind].spec if kind in TABLES else _LOSSY for kind in types.values()]
+            spec = LayerSpec(max(s.bits for s in needed), min(s.group_size for s in needed))
             affine = any(kind in TABLES and TABLES[kind].affine for kind in types.values())
             for n, kind in types.items():
                 self.specs[n.removesuffix(".weight")] = spec
                 if affine:
                     self.affine.add(n.removesuffix(".weight"))
                 if kind not in TABLES:
-                    self.lossy.add(n.removesuffix(".weight"))
-                    refused.append((n, kind))
+                    self.lossy[n.removesuffix(".weight")] = kind
         head = "lm_head.weight"
         if head in self.stored and self._type(head) in TABLES:
             self.specs["lm_head"] = TABLES[self._type(head)].spec
             if TABLES[self._type(head)].affine:
                 self.affine.add("lm_head")
-        if refused:
-            kinds = ", ".join(sorted({kind for _, kind in refused}))
-            if not allow_lossy:
-                raise FluteError(
-                    f"{self.file.path}: {len(refused)} linear layers ({refused[0][0]} and others) are {kinds}, or "
-                    "fused with such, which no table times a scale can say: give --allow-lossy to quantize them again "
-                    "(4-bit NormalFloat), or take a file in Q4_0, Q4_1, IQ4_NL, IQ4_XS, TQ1_0 or TQ2_0"
-                )
-            self.notes.append(f"{len(refused)} linear layers ({kinds}) are quantized again to 4-bit NormalFloat")
         rounded = [n for n in self.stored if self._rounded(n)]
         if rounded:
             kinds = ", ".join(f"{n} ({self._type(n)})" for n in rounded)
@@ -185,6 +174,9 @@ class GgufSource:
             raise FluteError(f"{self.file.path}: {name} has values that are not finite in {dtype}: fetch it again")
         rows = self._rows(name)
         return weight if rows is None else weight[rows]
+
+    def plain(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.decoded(f"{layer}.weight", dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.decoded(name, FLOAT.get(self._type(name), torch.float16))

@@ -167,5 +167,5 @@ def detect(path: Path, config: dict) -> bool:
         return True
 
 
-def open_(path: Path, allow_lossy: bool) -> Gptq:
+def open_(path: Path) -> Gptq:
     return Gptq(path, _settings(path, read_json(path / "config.json")))

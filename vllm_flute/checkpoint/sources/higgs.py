@@ -17,7 +17,7 @@ def detect(path: Path, config: dict) -> bool:
     return settings(config).get("quant_method") == NAME
 
 
-def open_(path: Path, allow_lossy: bool) -> Source:
+def open_(path: Path) -> Source:
     raise FluteError(
         f"{path} is in the format HIGGS, whose weights are rotated by a Hadamard transform that its inputs need too: "
         "quantize the unquantized model with 'vllm-flute quantize --calibrate TEXT' instead"

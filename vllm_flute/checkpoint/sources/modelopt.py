@@ -61,5 +61,5 @@ def detect(path: Path, config: dict) -> bool:
     return isinstance(found, dict) and "NVFP4" in str(found.get("quant_algo"))
 
 
-def open_(path: Path, allow_lossy: bool) -> ModelOpt:
+def open_(path: Path) -> ModelOpt:
     return ModelOpt(path)

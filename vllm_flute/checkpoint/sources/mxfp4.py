@@ -54,5 +54,5 @@ def detect(path: Path, config: dict) -> bool:
     return settings(config).get("quant_method") == NAME
 
 
-def open_(path: Path, allow_lossy: bool) -> MxFp4:
+def open_(path: Path) -> MxFp4:
     return MxFp4(path)

@@ -133,5 +133,5 @@ def detect(path: Path, config: dict) -> bool:
         return True
 
 
-def open_(path: Path, allow_lossy: bool) -> UpstreamFlute:
+def open_(path: Path) -> UpstreamFlute:
     return UpstreamFlute(path, settings(path, read_json(path / "config.json")))
