@@ -93,10 +93,10 @@ def draw(axes, panel: Panel, prometheus: Prometheus, begin: float, end: float) -
     else:
         for name, values in drawn:
             axes.plot(seconds, values, label=name, linewidth=1.2)
-    if len(drawn) > 1:
-        axes.legend(fontsize=6, loc="upper left", framealpha=0.7)
     axes.set_title(f"{panel.title} ({unit})" if unit else panel.title, fontsize=9)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend's place is above the lines
+    if len(drawn) > 1:
+        axes.legend(fontsize=6, loc="upper left", ncols=(len(drawn) + 2) // 3)
     axes.set_xlim(0, end - begin)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25)
