@@ -423,6 +423,27 @@ def test_any_end_is_one_line(small, tmp_path_factory, share):
         _open(path)
 
 
+@settings(max_examples=150)
+@given(data=st.data())
+def test_metadata_of_any_other_type_is_one_line(model, tmp_path_factory, data):
+    value = data.draw(
+        st.one_of(
+            st.integers(-1, 1 << 64), st.floats(), st.text(max_size=3), st.booleans(), st.lists(st.text(), max_size=3)
+        )
+        | st.lists(st.integers(-9, 9), max_size=3).map(np.array)
+    )
+    key = data.draw(st.sampled_from(sorted(GgufFile(model.path).metadata)))
+    read = GgufFile(model.path)
+    read.metadata[key] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "GgufFile", lambda path: read)
+        try:
+            opened = source.open_(model.path)
+            opened.extra_files(tmp_path_factory.mktemp("metadata"))
+        except FluteError as e:
+            assert "\n" not in str(e) and "model.gguf" in str(e)
+
+
 def test_other_versions_and_byte_orders(small, tmp_path):
     path = tmp_path / "model.gguf"
     for version, message in ((1, "version 1, this reads 2 and 3"), (3 << 24, "big-endian")):

@@ -136,12 +136,13 @@ def llama_config(file: GgufFile) -> dict:
     Raises FluteError for another architecture, and for metadata that is missing or that LLaMA does not have.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture != "llama":
+    if not isinstance(architecture, str) or architecture != "llama":
         raise FluteError(
             f"{file.path} is a model of architecture {str(architecture)[:40]!r}: import reads GGUF files of 'llama' "
             "(LLaMA, Mistral, SmolLM and others that llama.cpp converts to it)"
         )
-    if "llama.expert_count" in file.metadata and file.metadata["llama.expert_count"]:
+    experts = file.metadata.get("llama.expert_count", 0)
+    if type(experts) is not int or experts:
         raise FluteError(f"{file.path} is a mixture of experts: import reads dense GGUF models")
     meta = _Metadata(file)
     hidden, heads = meta.count("embedding_length"), meta.count("attention.head_count")

@@ -106,9 +106,9 @@ class GgufFile:
                 raise FluteError(f"{file} has the tensor {twice[0]}, which another part has too: fetch the parts again")
             self.tensors |= tensors
         count = self.metadata.get("split.count", 1)
-        if count not in (0, len(self.files)):
+        if type(count) is not int or count not in (0, len(self.files)):
             raise FluteError(
-                f"{path} is a part of a model split into {count} files: keep them together under their names "
+                f"{path} is a part of a model split into {str(count)[:20]} files: keep them together under their names "
                 "(NAME-00001-of-0000N.gguf)"
             )
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ...errors import FluteError
 from .gguf_config import token_ids
 from .gguf_file import GgufFile
@@ -53,10 +55,10 @@ def check_tokenizer(file: GgufFile, vocabulary: int) -> bool:
     Raises FluteError for one that cannot be rebuilt; ``vocabulary``: rows of the embedding.
     """
     meta, model = file.metadata, file.metadata.get(f"{_KEY}model", "none")
+    if not isinstance(model, str) or model not in ("none", "no_vocab", "gpt2", "llama"):
+        raise FluteError(f"{file.path} has a tokenizer of kind {str(model)[:40]!r}: import rebuilds 'gpt2' and 'llama'")
     if model in ("none", "no_vocab"):
         return False
-    if model not in ("gpt2", "llama"):
-        raise FluteError(f"{file.path} has a tokenizer of kind {str(model)[:40]!r}: import rebuilds 'gpt2' and 'llama'")
     pre = meta.get(f"{_KEY}pre", "default")
     if model == "gpt2" and (not isinstance(pre, str) or pre not in _SPLITS):
         raise FluteError(
@@ -67,12 +69,12 @@ def check_tokenizer(file: GgufFile, vocabulary: int) -> bool:
     if not _texts(tokens) or not tokens or len(set(tokens)) != len(tokens) or len(tokens) > vocabulary:
         raise FluteError(f"{file.path}: {_KEY}tokens is no list of at most {vocabulary} different tokens")
     types = meta.get(f"{_KEY}token_type")
-    if types is not None and (isinstance(types, list) or len(types) != len(tokens)):
+    if types is not None and not _numbers(types, len(tokens)):
         raise FluteError(f"{file.path}: {_KEY}token_type has not one number for each of {len(tokens)} tokens")
     merges, scores = meta.get(f"{_KEY}merges"), meta.get(f"{_KEY}scores")
     if model == "gpt2" and (not _texts(merges) or not all(0 < m.find(" ", 1) < len(m) - 1 for m in merges)):
         raise FluteError(f"{file.path}: {_KEY}merges is no list of pairs with a space between")
-    if model == "llama" and (scores is None or isinstance(scores, list) or len(scores) != len(tokens)):
+    if model == "llama" and not _numbers(scores, len(tokens)):
         raise FluteError(f"{file.path}: {_KEY}scores has not one number for each of {len(tokens)} tokens")
     for key, value in token_ids(meta).items():
         for i in value if isinstance(value, list) else [value]:
@@ -86,6 +88,10 @@ def check_tokenizer(file: GgufFile, vocabulary: int) -> bool:
 
 def _texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _numbers(value, count: int) -> bool:
+    return isinstance(value, np.ndarray) and len(value) == count
 
 
 def _byte_level(meta: Mapping, vocab: dict[str, int]):
