@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from source_checkpoints import make_awq, make_gptq, pack_gptq
 
 from vllm_flute import FluteError
-from vllm_flute.checkpoint import Checkpoint, dequantize_checkpoint, import_checkpoint
+from vllm_flute.checkpoint import Checkpoint, check_checkpoint, dequantize_checkpoint, import_checkpoint
 from vllm_flute.checkpoint.sources import gptq
 from vllm_flute.checkpoint.sources.zero_points import affine
 
@@ -150,3 +150,46 @@ def test_formats_that_are_not_read(sound, tmp_path):
     settings(made.path, version="gemv")
     with pytest.raises(FluteError, match="AWQ version 'gemv' is not supported"):
         import_checkpoint(made.path, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Both extensions, in lut-v1."""
+    work = tmp_path_factory.mktemp("imported")
+    made = make_gptq(work / "source", symmetric=False, v2=True, act_order=True)
+    import_checkpoint(made.path, work / "out")
+    assert len(check_checkpoint(work / "out")) == 14
+    return work / "out"
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+BROKEN = {
+    f"{NAME}.offsets is F32 .* expected F32": lambda t: t | {f"{NAME}.offsets": t[f"{NAME}.offsets"][:, :1].clone()},
+    f"{NAME}.perm is I64": lambda t: t | {f"{NAME}.perm": t[f"{NAME}.perm"].long()},
+    f"{NAME}.perm is no permutation": lambda t: t | {f"{NAME}.perm": t[f"{NAME}.perm"] * 0},
+    "inputs are in different orders": lambda t: t | {f"{NAME}.perm": t[f"{NAME}.perm"].flip(0)},
+    "q_proj into one layer, but": lambda t: {k: v for k, v in t.items() if k != f"{NAME}.perm"},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_extensions_end_in_one_line_before_a_server_starts(imported, tmp_path, message):
+    shutil.copytree(imported, tmp_path / "out")
+    stored = {}
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        stored |= load_file(file)
+        file.unlink()
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    save_file(BROKEN[message](stored), tmp_path / "out" / "model.safetensors")
+    with pytest.raises(FluteError, match=message):
+        check_checkpoint(tmp_path / "out")
+
+
+def test_config_must_list_the_extensions_in_use(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "out")
+    settings(tmp_path / "out", extensions=["perm"])
+    with pytest.raises(FluteError, match="extensions must list 'offsets'"):
+        check_checkpoint(tmp_path / "out")
+    settings(tmp_path / "out", extensions=["perm", "rotation"])
+    with pytest.raises(FluteError, match="extensions is .*this version knows .*upgrade vllm-flute"):
+        check_checkpoint(tmp_path / "out")

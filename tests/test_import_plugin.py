@@ -3,18 +3,21 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from source_checkpoints import make_upstream_flute, pack_awq, pack_gptq, pack_upstream
 from test_plugin import PLAIN, ranks, vllm_config  # noqa: F401 (fixtures)
 from tolerance import allowed_error, assert_within_bound
+from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.quantization.utils.quant_utils import awq_pack, gptq_pack
 
 from vllm_flute import FluteError, LutTensor, lut_linear
 from vllm_flute.checkpoint import LutConfig
 from vllm_flute.checkpoint.sources import awq
+from vllm_flute.ops import lut_linear_op
 from vllm_flute.packing import unpack_codes
 from vllm_flute.vllm_plugin.config import FluteConfig
 
@@ -185,3 +188,17 @@ def test_upstream_checkpoints_are_recognised_and_checked(tmp_path, older):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(FluteError, match="is truncated"):
         made.maybe_update_config(str(path))
+
+
+def test_a_call_reads_no_data_on_the_host(ranks):  # noqa: F811
+    """Traced on tensors without data, as in test_plugin.py: the parts beside the kernel can be captured too."""
+    make = partial(vllm_linear.ReplicatedLinear, 128, 24, **PLAIN, quant_config=config(["offsets", "perm"]), prefix="r")
+    (layer,) = ranks(1, make)
+    load(layer, tensor(24, 128, perm=order(128)))
+    finish(layer)
+    names = ("weight_packed", "flute_perm", "flute_offsets")
+    held = SimpleNamespace(header=layer.header, flute_n=24, **{name: getattr(layer, name).to("meta") for name in names})
+    x = torch.empty(3, 128, device="meta")
+    graph = make_fx(lambda x: layer.quant_method.apply(held, x))(x).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called[0] == torch.ops.aten.index_select.default and lut_linear_op.default in called
