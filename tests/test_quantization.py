@@ -1,5 +1,6 @@
 """Quantization methods against brute force, closed forms and published figures."""
 
+import sys
 from functools import partial
 from itertools import combinations_with_replacement, pairwise, product
 
@@ -178,15 +179,21 @@ def correlated(k: int, rows: int = 4096) -> torch.Tensor:
 
 @pytest.mark.parametrize("codebook, bits, group_size", [("nf", 4, 64), ("lloyd-max", 3, 32), ("ternary", 2, 256)])
 def test_gptq_without_correlations_is_scale_search(codebook, bits, group_size):
-    """Equal inputs that have nothing in common: no error can be made up for, and no order matters."""
+    """Equal inputs that have nothing in common: no error can be made up for, and no order matters.
+
+    Up to ties: two assignments whose gains are equal to fp32's resolution.
+    """
     weight = gaussian(300, 256)
     expected = search(weight, bits, group_size, codebook)
     found = gptq(weight, 4 * torch.eye(256), bits, group_size, codebook)
-    assert torch.equal(found.scales, expected.scales) and torch.equal(found.qweight, expected.qweight)
+    assert (found.codes() != expected.codes()).float().mean() < 1e-3
+    errors = [(t.dequantize() - weight).square().sum() for t in (found, expected)]
+    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
 
 
-def test_gptq_against_its_definition():
-    """One group: each column in its order rounded, the rest set to what minimizes the loss, solved anew in fp64."""
+def test_gptq_against_its_definition(monkeypatch):
+    """One group, without coordinate descent: each column in its order rounded, the rest set to what minimizes the loss, solved anew in fp64."""
+    monkeypatch.setattr(sys.modules["vllm_flute.quantization.gptq"], "_SWEEPS", 0)
     k, table = 16, make_codebook("lloyd-max", 3)
     weight, moments = gaussian(12, k), correlated(k)
     t = gptq(weight, moments, 3, k, "lloyd-max")
@@ -216,11 +223,29 @@ def test_gptq_loses_less_at_the_outputs(bits):
         assert found < 0.75 * loss(search(weight, bits, importance=importance))
 
 
+def test_coordinate_descent_ends_where_no_code_alone_is_better(monkeypatch):
+    """With many passes, against every other entry for every weight; and each pass lowers the loss."""
+    weight, moments = gaussian(20, 256), correlated(256)
+    damped = (moments + DAMPING * moments.diagonal().mean() * torch.eye(256)).double()
+    losses = []
+    for sweeps in (0, 1, 40):
+        monkeypatch.setattr(sys.modules["vllm_flute.quantization.gptq"], "_SWEEPS", sweeps)
+        t = gptq(weight, moments, 2, 128, "nf")
+        difference = t.dequantize().double() - weight.double()
+        losses.append(((difference @ damped) * difference).sum().item())
+    assert losses[2] < losses[1] < losses[0]
+    entries = t.codebook.double() * t.scales.double().repeat_interleave(128, 1).unsqueeze(-1)
+    step = entries - t.dequantize().double().unsqueeze(-1)
+    change = 2 * step * (difference @ damped).unsqueeze(-1) + step.square() * damped.diagonal().unsqueeze(-1)
+    assert change.min() > -1e-4 * losses[2] / weight.numel()
+
+
 def test_gptq_with_inputs_that_never_occur():
+    """They are rounded by themselves: no other input makes up for them, and they for no other."""
     weight, moments = gaussian(8, 128), correlated(128)
     moments[:64], moments[:, :64] = 0, 0
     t = gptq(weight, moments, 3, 64, "lloyd-max")
-    assert (t.scales[:, 0] == 0).all() and torch.isfinite(t.dequantize()).all()
+    assert torch.equal(t.dequantize()[:, :64], search(weight, 3, 64, "lloyd-max").dequantize()[:, :64])
 
 
 @pytest.mark.parametrize("value", [torch.inf, -1.0])

@@ -14,7 +14,7 @@ from .errors import FluteError
 
 BITS = (2, 3, 4)
 NAMES = ("nf", "fp4", "int", "ternary", "lloyd-max")
-# Of every method. The inputs of largest second moments have small weights: a table must have a zero and be fine around
+# Without calibration. The inputs of largest second moments have small weights: a table must have a zero and be fine around
 # it. Lloyd-Max's table has a smaller error of Gaussian weights and no zero, and without calibration ruins a model.
 DEFAULT_CODEBOOK = "nf"
 

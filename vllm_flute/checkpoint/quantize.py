@@ -154,7 +154,7 @@ def quantize_checkpoint(
     out: str | Path,
     bits: int = 4,
     group_size: int = 64,
-    codebook: str | torch.Tensor = DEFAULT_CODEBOOK,
+    codebook: str | torch.Tensor | None = None,
     ignore: list[str] | tuple[str, ...] = (),
     overrides: Mapping[str, tuple[int, int]] | None = None,
     lm_head: bool = False,
@@ -178,8 +178,8 @@ def quantize_checkpoint(
         bits: 2, 3 or 4.
         group_size: 16, 32, 64, 128, 256, or 0 for one scale a row. Where it does not divide a layer's K that
             layer takes the largest supported size that does, or K itself, and is listed in the overrides.
-        codebook: "nf", "lloyd-max", "fp4", "int", "ternary", "fitted" (a table for each layer) or a tensor of at most
-            ``2**bits`` values.
+        codebook: "fitted" (a table for each layer: the default with calibration), "nf" (the default without),
+            "lloyd-max", "fp4", "int", "ternary" or a tensor of at most ``2**bits`` values.
         ignore: module names not to quantize (see `config.matches`).
         overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too; a tied head is untied and made from the embedding.
@@ -200,6 +200,7 @@ def quantize_checkpoint(
     """
     ignore, overrides = list(ignore), {name: LayerSpec(*spec) for name, spec in (overrides or {}).items()}
     method = method or ("gptq" if calibrate else DATA_FREE)
+    codebook = codebook if codebook is not None else FITTED if calibrate else DEFAULT_CODEBOOK
     if method not in METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
     if (method == "gptq" and not calibrate) or (method == "absmax" and calibrate):

@@ -63,8 +63,8 @@ def quantize(
     codebook: Annotated[
         str,
         typer.Option(
-            help="nf (default), lloyd-max, fp4 (4 bits), int, ternary (2 bits), "
-            "fitted (a table for each layer), or a JSON file with a list of numbers.",
+            help="fitted (a table for each layer; default with --calibrate), nf (default without), lloyd-max, "
+            "fp4 (4 bits), int, ternary (2 bits), or a JSON file with a list of numbers.",
         ),
     ] = None,
     method: Annotated[
@@ -104,7 +104,7 @@ def quantize(
             output,
             bits=bits,
             group_size=group_size,
-            **({} if codebook is None else {"codebook": _codebook(codebook)}),
+            codebook=None if codebook is None else _codebook(codebook),
             ignore=ignore,
             overrides=dict(_override(value) for value in override),
             lm_head=lm_head,
