@@ -64,11 +64,24 @@ def test_lut_linear_is_the_oracle(dtype, m):
     assert torch.equal(weight[:, t.perm.long()], by_hand)
     expected = x.float() @ weight.T
     # The codes' share, which may be larger than the sum, is rounded to x's dtype before the offsets' is added.
-    share = LutTensor(t.qweight, t.scales, t.codebook)
+    share = LutTensor(t.qweight, t.scales, t.codebook + 0.5)
     bound = allowed_error(x[:, t.perm], share) + x.float().abs() @ weight.abs().T * torch.finfo(dtype).eps
     for kernel in (None, "reference"):
         error = (lut_linear(x, t, kernel=kernel).float() - expected).abs()
         assert (error <= bound).all(), kernel
+
+
+def test_a_table_far_from_zero_loses_nothing_in_bf16():
+    """Codes 0 to 15 and offsets of -8 scales, inputs with a mean: two shares that nearly cancel."""
+    centre = tensor(64, 1024)
+    far = LutTensor(
+        centre.qweight, centre.scales, centre.codebook + 8, offsets=centre.offsets - 8 * centre.scales.float()
+    )
+    x = (torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)) + 1).bfloat16()
+    exact = x.double() @ far.dequantize().double().T
+    rounded = (x.float() @ far.dequantize(torch.bfloat16).float().T).bfloat16()
+    error, plain = (lut_linear(x, far) - exact).norm(), (rounded - exact).norm()
+    assert error <= 1.5 * plain, (error, plain)
 
 
 @pytest.mark.parametrize("size, group", [(1, 64), (2, 64), (3, 192)])

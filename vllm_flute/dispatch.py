@@ -12,7 +12,7 @@ import torch
 from . import reference
 from .backends import Kernel, cpu, cuda, portable, rows, triton
 from .errors import FluteError
-from .extensions import add_offsets, permuted
+from .extensions import add_offsets, centred, permuted
 from .format import LutTensor
 from .layout import ROWS, Layout
 from .ops import lut_linear_op, lut_pack_op
@@ -112,21 +112,25 @@ def lut_linear(x: torch.Tensor, t: LutTensor, bias=None, kernel: str | None = No
         raise FluteError(f"x has K={x.shape[-1]}, {t.name} has K={k}")
     if kernel == "reference":
         return reference.linear(x, t, bias)
-    x = permuted(x, t.perm)
+    x, codebook, offsets = permuted(x, t.perm), t.codebook[None], t.offsets
+    if offsets is not None:
+        if "centred" not in t.packed:
+            t.packed["centred"] = centred(codebook, t.scales, offsets, [n])
+        codebook, offsets = t.packed["centred"]
     if kernel == triton.NAME:
         if "rows" not in t.packed:
             header = Layout(ROWS, t.bits, t.group_size, k, t.scales.dtype, (n,)).header()
-            t.packed["rows"] = rows.pack(t.qweight, t.scales, t.codebook[None], header), header
-        return add_offsets(triton.linear(x, *t.packed["rows"], bias), x, t.offsets)
+            t.packed["rows"] = rows.pack(t.qweight, t.scales, codebook, header), header
+        return add_offsets(triton.linear(x, *t.packed["rows"], bias), x, offsets)
     names = [item.name for item in kernels(x.device.type)]
     if kernel and kernel not in names:
         known = ", ".join(dict.fromkeys(("reference", *names, triton.NAME)))
         raise FluteError(f"unknown kernel {kernel!r} on {x.device.type} (known: {known})")
     if "packed" not in t.packed:
-        t.packed["packed"] = pack_parts(t.qweight, t.scales, t.codebook[None], t.group_size, [n])
+        t.packed["packed"] = pack_parts(t.qweight, t.scales, codebook, t.group_size, [n])
     packed, header = t.packed["packed"]
     try:
         y = lut_linear_op(x, packed, header, bias, n, kernel or "")
     except RuntimeError as e:  # how the native library refuses a call
         raise FluteError(str(e).splitlines()[0]) from e
-    return add_offsets(y, x, t.offsets)
+    return add_offsets(y, x, offsets)

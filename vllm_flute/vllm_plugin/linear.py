@@ -12,7 +12,7 @@ from ..checkpoint import LayerSpec
 from ..codebook import make_codebook
 from ..dispatch import pack_parts
 from ..errors import FluteError
-from ..extensions import add_offsets, permuted
+from ..extensions import add_offsets, centred, permuted
 from ..format import EXTENSIONS
 from ..ops import lut_linear_op
 from . import fusion, metrics, params
@@ -115,6 +115,10 @@ class FluteLinearMethod(LinearMethodBase):
             if part == "perm" and kept and param.loaded != layer.codebook.loaded:
                 raise FluteError(f"{self.prefix}: only some parts of the layer have a perm: import the source again")
             layer.register_buffer(f"flute_{part}", param.data if kept else None, persistent=False)
+        if layer.flute_offsets is not None:
+            layer.codebook.data, layer.flute_offsets = centred(
+                layer.codebook.data, layer.scales.data, layer.flute_offsets, layer.flute_shards
+            )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = permuted(x, layer.flute_perm)
