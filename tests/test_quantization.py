@@ -192,7 +192,10 @@ def test_gptq_without_correlations_is_scale_search(codebook, bits, group_size):
 
 
 def test_gptq_against_its_definition(monkeypatch):
-    """One group, without coordinate descent: each column in its order rounded, the rest set to what minimizes the loss, solved anew in fp64."""
+    """One group, without coordinate descent.
+
+    Each column in its order is rounded, the rest set to what minimizes the loss, solved anew in fp64.
+    """
     monkeypatch.setattr(sys.modules["vllm_flute.quantization.gptq"], "_SWEEPS", 0)
     k, table = 16, make_codebook("lloyd-max", 3)
     weight, moments = gaussian(12, k), correlated(k)

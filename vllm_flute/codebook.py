@@ -14,8 +14,8 @@ from .errors import FluteError
 
 BITS = (2, 3, 4)
 NAMES = ("nf", "fp4", "int", "ternary", "lloyd-max")
-# Without calibration. The inputs of largest second moments have small weights: a table must have a zero and be fine around
-# it. Lloyd-Max's table has a smaller error of Gaussian weights and no zero, and without calibration ruins a model.
+# Without calibration. The inputs of largest second moments have small weights: a table must have a zero and be fine
+# around it. Lloyd-Max's has a smaller error of Gaussian weights and no zero, and without calibration ruins a model.
 DEFAULT_CODEBOOK = "nf"
 
 # QLoRA (arXiv 2305.14314) takes the outermost quantile between 1 - 1/30 and 1 - 1/32;
