@@ -112,7 +112,7 @@ def rows(args, calibration: Path) -> Iterator[tuple[dict, callable]]:
         for width in widths:
             for group_size in map(int, args.groups.split(",")):
                 key = {"method": name, "kind": "lut", "group_size": group_size} | width
-                if args.tokens != 32768 and calibrated:
+                if calibrated:
                     key["calibration_tokens"] = args.tokens
                 made = options | width | {"group_size": group_size}
                 yield key, lambda twin, made=made, text=text: twin.quantized(made, text)

@@ -9,7 +9,8 @@ def line(r: dict) -> str:
         return format(r[key] * factor, form) if key in r else "-"
 
     perplexity = cell("perplexity", ".2f" if r["perplexity"] < 1e4 else ".2g")
-    cells = [r["method"], str(r.get("group_size", "-")), cell("bits_per_weight", ".3f"), perplexity]
+    calibrated = f", {r['calibration_tokens']} tokens" if "calibration_tokens" in r else ""
+    cells = [r["method"] + calibrated, str(r.get("group_size", "-")), cell("bits_per_weight", ".3f"), perplexity]
     cells += [cell("kl", ".4f"), cell("top1", ".1%"), cell("bytes", ".1f", 2**-20)]
     cells += [cell("seconds", ".0f"), cell("peak_bytes", ".0f", 2**-20)]
     return f"| {' | '.join(cells)} |"
@@ -26,7 +27,9 @@ every row, llama.cpp's too. MiB is the size of all tensors (of llama.cpp's file)
 quantizer's own, on {machine}; other work ran on it, so the seconds are upper bounds.
 
 The embedded model comes out of a file whose weights lie on an affine lattice of 16 values in blocks of 32, which
-flatters affine 4-bit types. Its rotated twin is the same function without a lattice: compare there."""
+flatters affine 4-bit types. Its rotated twin is the same function without a lattice: compare there.
+
+Rows that are missing have not been run."""
 
 
 def page(results: list[dict]) -> str:
