@@ -156,7 +156,7 @@ class GgufSource:
             weight = self.decoded(name, torch.float32)
             t = quantize(weight, *spec, "nf", torch.float16, name)
             lost = (t.dequantize() - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
-            note = f"{kind} quantized again: relative error {lost:.3f}"
+            note = f"{kind} quantized again: relative error {lost:.2f}"
             return Converted(widen(t, spec, layer in self.affine), False, note)
         stored = self.file.rows(self.stored[name])
         t, exact = to_lut(stored if rows is None else stored[rows.numpy()], kind, name)
