@@ -7,6 +7,7 @@ import torch
 
 from ..errors import FluteError
 from ..format import LutTensor
+from ..quantization import learn_scales
 from .llama import DTYPE, LlamaBlock
 from .reader import Checkpoint
 
@@ -58,9 +59,10 @@ class Calibration:
         tokens: int64 ``[sequences, length]``.
         final: the weights of a decoder layer that is done, by index.
         full: whole matrices of second moments ``[K, K]``; otherwise their diagonals ``[K]``.
+        learned: end each decoder layer by `learn_scales`, against what the plain model has after it.
     """
 
-    def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool):
+    def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool, learned: bool):
         from transformers import AutoConfig
 
         self.source, self.final, self.full = source, final, full
@@ -68,7 +70,13 @@ class Calibration:
         self.block = LlamaBlock(self.config, tokens.shape[1])
         embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
         self.hidden = list(torch.nn.functional.embedding(tokens, embedding))
+        self.plain = list(self.hidden) if learned else []
         self.layer = 0
+
+    def _source(self, layer: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{layer}."
+        names = [name for name in self.source.headers if name.startswith(prefix)]
+        return _computed({name.removeprefix(prefix): self.source.tensor(name) for name in names})
 
     def _moments(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """The mean of ``x x^T`` over the inputs x ``[K]``: fp32 ``[K, K]``, or its diagonal ``[K]``."""
@@ -85,6 +93,8 @@ class Calibration:
     def _advance(self, layer: int) -> None:
         while self.layer < layer:
             self.hidden = self.block.run(self.hidden, _computed(self.final(self.layer)))
+            if self.plain:
+                self.plain = self.block.run(self.plain, self._source(self.layer))
             self.layer += 1
 
     @torch.no_grad()
@@ -94,15 +104,21 @@ class Calibration:
         ``stage`` is called for the linear layers that share their inputs, in the order of the computation.
         """
         self._advance(layer)
-        prefix = f"model.layers.{layer}."
-        own = [name for name in self.source.headers if name.startswith(prefix)]
-        weights = _computed({name.removeprefix(prefix): self.source.tensor(name) for name in own})
+        plain = self._source(layer)
+        weights = dict(plain)
         made: dict[str, LutTensor] = {}
         for names, inputs in self.block.stages(self.hidden, weights):
             if names:
                 found = stage(names, self._moments(inputs))
                 weights |= {f"{name}.weight": t.dequantize(DTYPE) for name, t in found.items()}
                 made |= found
+        if self.plain and made:
+            targets = self.block.run(self.plain, plain)
+
+            def run(x: torch.Tensor, trained: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self.block.run([x], weights | {f"{name}.weight": w for name, w in trained.items()})[0]
+
+            made = learn_scales(run, made, self.hidden, targets)
         return made
 
     @torch.no_grad()

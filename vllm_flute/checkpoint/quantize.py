@@ -184,8 +184,9 @@ def quantize_checkpoint(
         overrides: (bits, group_size) by module name, matched like ``ignore``; the first match counts.
         lm_head: quantize the output head too; a tied head is untied and made from the embedding.
         scale_dtype: bf16 or fp16.
-        method: "absmax" or "scale-search" (see `quantization.quantize`), or "gptq", which needs calibration. Default:
-            "gptq" with calibration, "scale-search" without.
+        method: "absmax" or "scale-search" (see `quantization.quantize`), or "gptq" (see `quantization.gptq`) or
+            "learned" (GPTQ, then `learn_scales`), which need calibration. Default: "gptq" with calibration,
+            "scale-search" without.
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
             errors by the inputs' second moments. LLaMA's architecture only.
         rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
@@ -203,8 +204,9 @@ def quantize_checkpoint(
     codebook = codebook if codebook is not None else FITTED if calibrate else DEFAULT_CODEBOOK
     if method not in METHODS:
         raise FluteError(f"unknown method {method!r} (known: {', '.join(METHODS)})")
-    if (method == "gptq" and not calibrate) or (method == "absmax" and calibrate):
-        raise FluteError(f"method {method} {'needs' if method == 'gptq' else 'does not use'} calibration text")
+    full = method in ("gptq", "learned")
+    if (full and not calibrate) or (method == "absmax" and calibrate):
+        raise FluteError(f"method {method} {'needs' if full else 'does not use'} calibration text")
     _check_options(bits, group_size, codebook, scale_dtype, "")
     for name, spec in overrides.items():
         _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
@@ -253,7 +255,7 @@ def quantize_checkpoint(
 
     def quantized(layer: str, tensor: torch.Tensor, moments: torch.Tensor | None) -> LutTensor:
         spec, name = lut.layer(layer), f"{layer}.weight"
-        if method == "gptq":
+        if full:
             return gptq(tensor, moments, *spec, codebook, scale_dtype, name)
         return quantize(tensor, *spec, codebook, scale_dtype, name, method, moments)
 
@@ -294,7 +296,7 @@ def quantize_checkpoint(
     calibration = None
     if calibrate:
         options["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        calibration = Calibration(source, ids, final, full=method == "gptq")
+        calibration = Calibration(source, ids, final, full, learned=method == "learned")
     with Output(out, fingerprint(source, options), overwrite) as output:
         reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
         layers = [LayerReport(**r) for r in reports]

@@ -68,7 +68,11 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="scale-search (default), absmax, or gptq (default with --calibrate).")
+        str,
+        typer.Option(
+            help="scale-search (default), absmax, gptq (default with --calibrate), or learned (GPTQ, then its scales "
+            "trained).",
+        ),
     ] = None,
     calibrate: Annotated[
         Path, typer.Option(metavar="TEXT", help="UTF-8 text to calibrate with.", exists=True, dir_okay=False)
