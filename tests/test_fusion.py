@@ -143,6 +143,7 @@ def test_vllm_compiles_a_model_with_it(tmp_path):
     """A real engine with Inductor, in this process's place: every graph with an MLP has the joined operator."""
     model = write_dummy(tmp_path / "tiny", "tiny", Variant.parse("flute-4-g64"))
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     command = [sys.executable, "-c", ENGINE, model]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)

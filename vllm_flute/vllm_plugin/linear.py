@@ -81,6 +81,9 @@ class FluteLinearMethod(LinearMethodBase):
         if "perm" in extensions:
             layer.register_parameter("perm", params.perm(k, input_size // k, self.prefix))
         self.dummy = is_dummy_load()
+        if (config := get_current_vllm_config_or_none()) is not None:
+            # Now: when the model is made, its compiler takes a copy of the configuration.
+            fusion.install(config, layer.qweight.device.type)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Re-arrange for this device and free what was loaded."""
@@ -103,8 +106,6 @@ class FluteLinearMethod(LinearMethodBase):
         # vLLM's LoRA layers find a quantized layer's device by this name.
         layer.register_parameter("weight_packed", Parameter(packed, requires_grad=False))
         layer.register_buffer("header", header, persistent=False)
-        if (config := get_current_vllm_config_or_none()) is not None:
-            fusion.install(config, packed.device.type)
         metrics.layer_loaded(self.prefix, self.config, packed, header)
 
     def _keep_extensions(self, layer: torch.nn.Module) -> None:
