@@ -7,9 +7,10 @@ import torch
 from checkpoints import make_llama31, make_tiny
 from transformers import AutoModelForCausalLM
 
-from vllm_flute import FluteError
+from vllm_flute import FluteError, quantize
 from vllm_flute.checkpoint import Checkpoint, check_checkpoint, quantize_checkpoint
 from vllm_flute.checkpoint.calibrate import Calibration, calibration_tokens
+from vllm_flute.checkpoint.quantize import _output_error
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away. " * 300
 
@@ -68,6 +69,7 @@ def test_an_interrupted_run_continues(plain, text, tmp_path, method):
     options = {"bits": 3, "group_size": 32, "method": method, "calibrate": text, "tokens": 512, "lm_head": True}
     report = quantize_checkpoint(plain, tmp_path / "whole", **options)
     assert report.calibration_tokens == 512 and len(report.layers) == 15
+    assert all(0 < layer.output_error < layer.error < 1 for layer in report.layers if layer.name != "lm_head")
     assert "calibrated with 512 tokens" in (tmp_path / "whole" / "README.md").read_text()
 
     def stop(done, total, label):
@@ -106,6 +108,15 @@ def dequantized_weights(path) -> dict[str, torch.Tensor]:
 
     made = Checkpoint(path)
     return dequantized({name: made.tensor(name) for name in made.headers})
+
+
+def test_output_errors_against_inputs():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(600, 128, generator=generator), torch.randn(500, 128, generator=generator)
+    x[:, 3] += 2 * x[:, 4]
+    t = quantize(weight, 3)
+    expected = (x @ (t.dequantize() - weight).T).norm() / (x @ weight.T).norm()
+    assert _output_error(weight, t, x.T @ x / len(x)) == pytest.approx(expected.item(), rel=1e-4)
 
 
 REFUSED = {

@@ -370,8 +370,15 @@ def test_quantize_inspect_and_dequantize_by_command(plain, tmp_path, cli):
     table.write_text("[-1, -0.3, 0.3, 1.0]")
     out = tmp_path / "out"
     args = ["--bits", 2, "--codebook", table, "--ignore", "model.layers.1", "--override", "down_proj=3:32"]
+    args += ["--report", tmp_path / "report.json"]
     code, text, err = cli("quantize", plain, "-o", out, *args, "--lm-head", "--scale-dtype", "float16")
     assert (code, err) == (0, "")
+    layers = {layer["name"]: layer for layer in json.loads((tmp_path / "report.json").read_text())["layers"]}
+    assert layers["lm_head"]["bits"] == 2 and layers[DOWN.format(0)]["bits"] == 3 and len(layers) == 8
+    assert 0 < layers[DOWN.format(0)]["error"] < layers["lm_head"]["error"] < 1
+    code, _, err = cli("quantize", plain, "-o", tmp_path / "x", "--report", tmp_path / "nowhere" / "r.json")
+    assert_one_line(code, err, "nowhere is no directory")
+    assert not (tmp_path / "x").exists()
     assert "7 of 2 bits" in text and "1 of 3 bits" in text and "vllm serve" in text
     code, text, _ = cli("inspect", out, "--json")
     summary = json.loads(text)

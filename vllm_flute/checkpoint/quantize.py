@@ -32,7 +32,11 @@ _CHUNK_WEIGHTS = (1 << 15) - 1
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer; ``error`` is ``||W - W_quantized|| / ||W||`` (Frobenius)."""
+    """One quantized layer; ``error`` is ``||W - W_quantized|| / ||W||`` (Frobenius).
+
+    With calibration ``output_error`` is ``||X (W - W_quantized)^T|| / ||X W^T||`` over the calibration inputs X, before
+    scales are learned; "scale-search" counts the inputs as uncorrelated.
+    """
 
     name: str
     n: int
@@ -42,6 +46,7 @@ class LayerReport:
     adjusted: bool
     nbytes: int
     error: float
+    output_error: float | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,22 @@ def _relative_error(weight: torch.Tensor, t: LutTensor) -> float:
     return (lost / total) ** 0.5 if total else 0.0
 
 
+def _output_error(weight: torch.Tensor, t: LutTensor, moments: torch.Tensor) -> float:
+    """``||X (W - W_quantized)^T|| / ||X W^T||`` for inputs X of second moments ``[K, K]`` or ``[K]``, in row chunks."""
+
+    def size(part: torch.Tensor) -> float:
+        return ((part @ moments if moments.dim() == 2 else part * moments) * part).sum().item()
+
+    lost = total = 0.0
+    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    for i in range(0, weight.shape[0], rows):
+        exact = weight[i : i + rows].to(torch.float32)
+        difference = exact - LutTensor(t.qweight[i : i + rows], t.scales[i : i + rows], t.codebook).dequantize()
+        lost += size(difference)
+        total += size(exact)
+    return (max(lost, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
 def quantize_checkpoint(
     src: str | Path,
     out: str | Path,
@@ -253,11 +274,17 @@ def quantize_checkpoint(
         stored = load_file(output.path / shard)
         return {name.removeprefix(prefix): w for name, w in dequantized(stored).items()}
 
+    output_errors: dict[str, float] = {}
+
     def quantized(layer: str, tensor: torch.Tensor, moments: torch.Tensor | None) -> LutTensor:
         spec, name = lut.layer(layer), f"{layer}.weight"
         if full:
-            return gptq(tensor, moments, *spec, codebook, scale_dtype, name)
-        return quantize(tensor, *spec, codebook, scale_dtype, name, method, moments)
+            t = gptq(tensor, moments, *spec, codebook, scale_dtype, name)
+        else:
+            t = quantize(tensor, *spec, codebook, scale_dtype, name, method, moments)
+        if moments is not None:
+            output_errors[layer] = _output_error(tensor, t, moments)
+        return t
 
     block: dict[str, LutTensor] = {}  # the rest of the decoder layer that is being written, where it is calibrated
 
@@ -287,7 +314,8 @@ def quantize_checkpoint(
         t = calibrated(layer, tensor) if calibration else quantized(layer, tensor, None)
         made = {f"{layer}.qweight": t.qweight, f"{layer}.scales": t.scales, f"{layer}.codebook": t.codebook}
         adjusted = spec.group_size != (group_size or t.shape[1]) and not first_match(overrides, layer)
-        report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, _relative_error(tensor, t))
+        errors = _relative_error(tensor, t), output_errors.get(layer)
+        report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, *errors)
         return made, asdict(report)
 
     table = _table(codebook, bits)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections import Counter
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,9 @@ def quantize(
         bool, typer.Option("--lm-head", help="Quantize the output head too; unties a tied one.")
     ] = False,
     scale_dtype: Annotated[ScaleDtype, typer.Option(help="How scales are stored.")] = ScaleDtype.bfloat16,
+    report_file: Annotated[
+        Path, typer.Option("--report", metavar="FILE", help="Write every layer's errors here, as JSON.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result in the output.")] = False,
 ) -> None:
     """Quantize a checkpoint, one layer in memory; after an interruption the same command continues."""
@@ -99,8 +103,12 @@ def quantize(
     from rich.table import Table
 
     from ..checkpoint import quantize_checkpoint
+    from ..checkpoint.output import write_json
+    from ..errors import FluteError
     from .walk import peak_memory, progress_bar, size
 
+    if report_file and not report_file.absolute().parent.is_dir():
+        raise FluteError(f"--report: {report_file.parent} is no directory: make it first")
     begin = time.monotonic()
     with progress_bar("quantize") as progress:
         report = quantize_checkpoint(
@@ -122,6 +130,9 @@ def quantize(
             progress=progress,
         )
     seconds = time.monotonic() - begin
+    if report_file:
+        found = {"layers": [asdict(layer) for layer in report.layers], "seconds": seconds}
+        write_json(report_file, found | {"peak_memory_bytes": peak_memory()})
     adjusted = [layer for layer in report.layers if layer.adjusted]
     worst = max(report.layers, key=lambda layer: layer.error)
     counts = Counter(layer.bits for layer in report.layers)
@@ -137,6 +148,10 @@ def quantize(
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")
+    if calibrate:
+        at_outputs = max(report.layers, key=lambda layer: layer.output_error)
+        mean = sum(layer.output_error for layer in report.layers) / len(report.layers)
+        table.add_row("at the outputs", f"mean {mean:.4f}, largest {at_outputs.output_error:.4f} ({at_outputs.name})")
     if adjusted:
         sizes = ", ".join(sorted({f"{layer.group_size} where K={layer.k}" for layer in adjusted}))
         table.add_row("adjusted", f"{len(adjusted)} layers have another group size: {sizes}")

@@ -27,7 +27,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, label: bar.update(
-            task, completed=done, total=total, description=f"{what} {label}".ljust(32)
+            task, completed=done, total=total, description=f"{what} {label}, peak {size(peak_memory())}".ljust(48)
         )
 
 
