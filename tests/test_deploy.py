@@ -238,3 +238,8 @@ def test_a_changed_file_runs_its_step_again(steps, tmp_path, monkeypatch):
     assert steps.content(step, {}) != before
     assert steps.content(steps.Step("COPY", {"from": "build"}, "/x /y"), {"build": "key"}) == "key"
     assert steps.content(steps.Step("RUN", {}, "true"), {}) == ""
+    stage = steps.Stage("x", "debian:12", [step, steps.Step("RUN", {}, "true")])
+    first = steps.chain(stage, {})
+    (tmp_path / "a.txt").write_text("c")
+    second = steps.chain(stage, {})
+    assert len(first) == 3 and first[0] == second[0] and first[1] != second[1] and first[2] != second[2]

@@ -3,9 +3,9 @@
     python deploy/docker/run_steps.py deploy/docker/Dockerfile.cpu --model MODEL --work DIR
 
 Needs root, debootstrap and chroot. Every stage gets a root of its own made by debootstrap, whatever image FROM names;
-FROM, ARG, ENV, SHELL, RUN, COPY, WORKDIR and USER are done, the rest is read. A step whose text and predecessors have
-not changed since the last run is skipped. At the end ENTRYPOINT and CMD run as USER, with MODEL at /model, until the
-server has answered a completion.
+FROM, ARG, ENV, SHELL, RUN, COPY, WORKDIR and USER are done, the rest is read. What an earlier run did is kept: a stage
+whose steps or files changed since starts again, one that was interrupted goes on. At the end ENTRYPOINT and CMD run as
+USER, with MODEL at /model, until the server has answered a completion.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Root:
     def mounted(self, *more: str):
         done = []
         try:
-            for bind in ["/proc", "/dev", "/dev/shm", *self.binds, *more]:
+            for bind in ["/proc", "/sys", "/dev", "/dev/shm", *self.binds, *more]:
                 source, _, target = bind.partition(":")
                 inside = self.path / (target or source).lstrip("/")
                 inside.parent.mkdir(parents=True, exist_ok=True)
@@ -137,8 +137,17 @@ def content(step: Step, roots: dict[str, str]) -> str:
         for path in sorted(glob.glob(str(CONTEXT / pattern))):
             for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
                 if file.is_file() and file.suffix != ".so" and "__pycache__" not in file.parts:
-                    total.update(str(file).encode() + b"\0" + file.read_bytes())
+                    total.update(str(file.relative_to(CONTEXT)).encode() + b"\0" + file.read_bytes())
     return total.hexdigest()
+
+
+def chain(stage: Stage, roots: dict[str, str]) -> list[str]:
+    """A key for the empty root and one after each step, which all that came before decides."""
+    keys = [hashlib.sha256(stage.image.encode()).hexdigest()]
+    for step in stage.steps:
+        parts = [keys[-1], *map(str, step), content(step, roots)]
+        keys.append(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+    return keys
 
 
 class Final(NamedTuple):
@@ -155,23 +164,20 @@ def build(stages: list[Stage], work: Path, binds: list[str], args: dict[str, str
     for number, stage in enumerate(stages):
         path, record = work / f"root-{stage.name}", work / f"root-{stage.name}.json"
         done = json.loads(record.read_text()) if record.exists() else []
-        key = hashlib.sha256(stage.image.encode()).hexdigest()
+        wanted = chain(stage, keys)
         root = Root(path, binds)
-        if done[:1] != [key]:
+        if not done or done != wanted[: len(done)]:
             shutil.rmtree(path, ignore_errors=True)
             say(f"[{number}] debootstrap {SUITE} for {stage.image}")
             subprocess.run(["debootstrap", "--variant=minbase", SUITE, path], check=True, stdout=subprocess.DEVNULL)
-            done = [key]
+            done = wanted[:1]
             record.write_text(json.dumps(done))
         env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         given, folder, user, shell = {}, "/", "", ["/bin/sh", "-c"]
         entry: list[str] = []
         command: list[str] = []
         for i, step in enumerate(stage.steps, start=1):
-            key = hashlib.sha256("\0".join([key, *map(str, step), content(step, keys)]).encode()).hexdigest()
-            fresh = done[i : i + 1] != [key]
-            if fresh:
-                done = done[:i]
+            fresh = i >= len(done)
             match step.name:
                 case "ARG":
                     given |= {k: args.get(k, v) for k, v in pairs(step.text, env).items()}
@@ -202,9 +208,9 @@ def build(stages: list[Stage], work: Path, binds: list[str], args: dict[str, str
                 case other:
                     raise ValueError(f"{other} is not supported")
             if fresh:
-                done.append(key)
+                done.append(wanted[i])
                 record.write_text(json.dumps(done))
-        roots[stage.name], keys[stage.name] = path, key
+        roots[stage.name], keys[stage.name] = path, wanted[-1]
     return Final(root, env, user, folder, [*entry, *command])
 
 
