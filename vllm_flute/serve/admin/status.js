@@ -1,5 +1,7 @@
 "use strict";
 const PERIOD = 2000; // milliseconds
+// Without what the page's own address may carry: fetch refuses an address with a password in it.
+const STATUS = new URL("v1/flute/status", location.origin + location.pathname);
 const LATENCIES = {
   time_to_first_token: "time to first token",
   inter_token_latency: "between tokens",
@@ -65,7 +67,7 @@ async function refresh() {
   const line = document.getElementById("server");
   let up = false;
   try {
-    const answer = await fetch("v1/flute/status", { cache: "no-store" });
+    const answer = await fetch(STATUS, { cache: "no-store" });
     const { server, figures } = await answer.json();
     up = server.up;
     line.textContent = up
