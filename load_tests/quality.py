@@ -46,6 +46,7 @@ METHODS = {
     "nf, gptq, --rotate": ({"codebook": "nf", "method": "gptq", "rotate": True}, True),
     "lloyd-max, gptq": ({"codebook": "lloyd-max", "method": "gptq"}, True),
     "fitted, gptq": ({"codebook": "fitted", "method": "gptq"}, True),
+    "fitted, learned": ({"codebook": "fitted", "method": "learned"}, True),
 }
 
 
