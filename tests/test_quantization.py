@@ -161,7 +161,7 @@ def test_unknown_method():
     with pytest.raises(FluteError, match="unknown method 'best'"):
         quantize(torch.ones(2, 64), method="best")
     with pytest.raises(FluteError, match="importance is for scale-search"):
-        quantize(torch.ones(2, 64), importance=torch.ones(64))
+        quantize(torch.ones(2, 64), method="absmax", importance=torch.ones(64))
 
 
 def test_not_finite_among_finite():
