@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import shlex
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -176,6 +177,7 @@ def _soak(target: Target, rate: float, seconds: float, out: Path) -> tuple[list[
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server that was started ends too
     try:
         app()
     except FluteError as e:
