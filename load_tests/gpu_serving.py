@@ -375,6 +375,7 @@ def main() -> int:
         part = Part(args.part, args.out, args.minutes * 60, args.dry_run)
     except (FluteError, ValueError) as e:
         sys.exit(f"gpu_serving: {e}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_serving: ended from outside"))  # and its engines with it
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.logs or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
