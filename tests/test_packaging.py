@@ -105,7 +105,8 @@ def test_the_wheel_holds_the_library_and_the_package_only(wheel):
     top = {name.split("/")[0] for name in names}
     assert top == {"vllm_flute", f"vllm_flute-{vllm_flute.__version__}.dist-info"}
     assert [n for n in names if n.endswith(".so")] == ["vllm_flute/libvllm_flute_cpu.so"]
-    assert {n for n in names if n.startswith("vllm_flute/") and not n.endswith((".py", ".so"))} == set()
+    page = {f"vllm_flute/serve/admin/status.{kind}" for kind in ("css", "html", "js")}
+    assert {n for n in names if n.startswith("vllm_flute/") and not n.endswith((".py", ".so"))} == page
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "vllm_flute").rglob("*.py")}
     assert sources <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
