@@ -10,6 +10,7 @@ import random
 import time
 from pathlib import Path
 
+from gevent import GreenletExit
 from locust import HttpUser, between, task
 
 from load_tests.load.records import Request, append
@@ -82,6 +83,9 @@ class Streaming(HttpUser):
                     request.outcome, request.error = "failed", f"{request.tokens} of {tokens} tokens arrived"
                 if request.outcome == "failed":
                     answer.failure(request.error)
+        except GreenletExit:  # the run is over, and its users with it
+            request.outcome, request.error, request.tokens = "cancelled", "", pieces
+            raise
         except Exception as e:  # locust goes on with the next task; the record keeps what happened
             request.error = f"{type(e).__name__}: {e}"
         finally:
