@@ -64,6 +64,8 @@ def measure(target: Target, scenario: Scenario, rate: float, seconds: float, slo
 def start(stack: ExitStack, model: str, args: list[str], isas: list[str], out: Path) -> Target:
     """A server; or two behind nginx, each on half of the cores with the kernels of its ISA."""
     env = cpu_environment() | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    # vLLM closes an idle connection after 5 s, its own benchmark after 60: a request may meet one that is being closed.
+    env |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")}
     cores = sorted(os.sched_getaffinity(0))
     halves = [cores[: max(1, len(cores) // 2)], cores[len(cores) // 2 :]]
     settings = [env]
