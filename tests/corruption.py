@@ -10,6 +10,9 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from vllm_flute.checkpoint.sources import open_source
+from vllm_flute.errors import FluteError
+
 DTYPES = (
     torch.uint8,
     torch.int8,
@@ -101,3 +104,14 @@ def corrupted(draw, path: Path, tensors: dict[str, torch.Tensor], config: dict) 
             data[draw(st.integers(8, len(data) - 1))] = draw(st.integers(0, 255))
     file.write_bytes(data)
     return path
+
+
+def assert_converted_or_refused(path: Path) -> None:
+    """Every layer becomes what the headers foretold, or one line says what is wrong; no other exception escapes."""
+    try:
+        source = open_source(path)
+        for layer, spec in source.quantized().items():
+            lut = source.convert(layer).lut
+            assert (lut.bits, lut.group_size) == spec
+    except FluteError as e:
+        assert "\n" not in str(e)

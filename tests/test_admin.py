@@ -23,6 +23,7 @@ from vllm_flute.serve import Client, Server
 from vllm_flute.serve.admin import Upstream, create_app
 from vllm_flute.serve.admin import upstream as upstream_module
 from vllm_flute.serve.admin.status import Sample, figures, plugin_metrics, quantile
+from vllm_flute.serve.client import parse_metrics
 from vllm_flute.serve.process import free_port
 
 KEY = "s3cret key"
@@ -116,8 +117,7 @@ def service(upstream: Upstream, key: str = "") -> TestClient:
 
 
 def sample(text: str, at: float) -> Sample:
-    families = upstream_module.text_string_to_metric_families(text)
-    return Sample(at, {(s.name, frozenset(s.labels.items())): s.value for f in families for s in f.samples}, text)
+    return Sample(at, parse_metrics(text), text)
 
 
 def test_figures_are_rates_percentiles_and_shares_of_the_window():

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from corruption import corrupted, write_small
+from corruption import assert_converted_or_refused, corrupted, write_small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from table_checkpoints import make_bitnet, pack_bitnet
@@ -147,10 +147,4 @@ def small(mode: str) -> tuple[dict[str, torch.Tensor], dict]:
 @given(data=st.data(), mode=st.sampled_from(("packed", "unpacked", "online")))
 def test_only_our_error_escapes(tmp_path, data, mode):
     path = data.draw(corrupted(tmp_path / "broken", *small(mode)))
-    try:
-        source = open_source(path)
-        for layer, spec in source.quantized().items():
-            lut = source.convert(layer).lut
-            assert (lut.bits, lut.group_size) == spec
-    except FluteError as e:
-        assert "\n" not in str(e)
+    assert_converted_or_refused(path)

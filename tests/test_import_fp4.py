@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from corruption import corrupted, write_small
+from corruption import assert_converted_or_refused, corrupted, write_small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from table_checkpoints import (
@@ -221,13 +221,7 @@ def small(kind: str) -> tuple[dict[str, torch.Tensor], dict]:
 @given(data=st.data(), kind=st.sampled_from(("mxfp4", "blocks", "nvfp4", "modelopt", "int")))
 def test_only_our_error_escapes(tmp_path, data, kind):
     path = data.draw(corrupted(tmp_path / "broken", *small(kind)))
-    try:
-        source = open_source(path)
-        for layer, spec in source.quantized().items():
-            lut = source.convert(layer).lut
-            assert (lut.bits, lut.group_size) == spec
-    except FluteError as e:
-        assert "\n" not in str(e)
+    assert_converted_or_refused(path)
 
 
 def test_older_names_of_the_settings(tmp_path):

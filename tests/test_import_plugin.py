@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from source_checkpoints import make_upstream_flute, pack_awq, pack_gptq, pack_upstream
-from test_plugin import PLAIN, ranks, vllm_config  # noqa: F401 (fixtures)
+from test_plugin import PLAIN, finish, load, ranks, row_parallel, vllm_config  # noqa: F401 (fixtures)
 from tolerance import allowed_error, assert_within_bound
 from torch.fx.experimental.proxy_tensor import make_fx
 from vllm.model_executor.layers import linear as vllm_linear
@@ -40,17 +40,6 @@ def tensor(n, k, bits=4, group=64, seed=0, offsets=True, perm=None) -> LutTensor
 
 def order(k, seed=1) -> torch.Tensor:
     return torch.randperm(k, generator=torch.Generator().manual_seed(seed)).int()
-
-
-def load(layer, t, *shard_id):
-    for part, stored in t.parts().items():
-        param = getattr(layer, part)
-        param.weight_loader(param, stored, *shard_id)
-
-
-def finish(layer):
-    layer.quant_method.process_weights_after_loading(layer)
-    assert {name for name, _ in layer.named_parameters()} == {"weight_packed"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -96,12 +85,7 @@ def test_offsets_of_row_parallel_groups_that_a_rank_cuts(ranks, size, group):  #
         quant_config=config(["offsets"], group),
         prefix="down_proj",
     )
-    y, k = 0, 576 // size
-    for rank, layer in enumerate(ranks(size, make)):
-        load(layer, t)
-        finish(layer)
-        y = y + layer(x[:, rank * k : (rank + 1) * k])[0]
-    assert_within_bound(y, x, t)
+    assert_within_bound(row_parallel(ranks, size, make, t, x), x, t)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -66,9 +66,9 @@ def tensor(n, k, bits=4, group=64, seed=0, codebook=None, dtype=torch.bfloat16) 
 
 
 def load(layer, t: LutTensor, *shard_id) -> None:
-    for part in ("qweight", "scales", "codebook"):
+    for part, stored in t.parts().items():
         param = getattr(layer, part)
-        param.weight_loader(param, getattr(t, part), *shard_id)
+        param.weight_loader(param, stored, *shard_id)
 
 
 def finish(layer) -> None:
@@ -76,6 +76,16 @@ def finish(layer) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     # What was loaded is freed: one packed tensor stays.
     assert {name for name, _ in layer.named_parameters()} <= {"weight_packed", "bias"}
+
+
+def row_parallel(ranks, size, make, t: LutTensor, x: torch.Tensor) -> torch.Tensor:
+    """The sum of what each of ``size`` ranks computes from its share of x ``[M, K]``."""
+    y, k = 0, x.shape[1] // size
+    for rank, layer in enumerate(ranks(size, make)):
+        load(layer, t)
+        finish(layer)
+        y = y + layer(x[:, rank * k : (rank + 1) * k])[0]
+    return y
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -104,12 +114,7 @@ def test_row_parallel_with_groups_cut_by_a_rank(ranks, bits, size, group):
     make = partial(
         vllm_linear.RowParallelLinear, 576, 40, **PLAIN, reduce_results=False, quant_config=config, prefix="down_proj"
     )
-    y, k = 0, 576 // size
-    for rank, layer in enumerate(ranks(size, make)):
-        load(layer, t)
-        finish(layer)
-        y = y + layer(x[:, rank * k : (rank + 1) * k])[0]
-    assert_within_bound(y, x, t)
+    assert_within_bound(row_parallel(ranks, size, make, t, x), x, t)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -51,11 +51,13 @@ class Client:
     def metrics(self) -> dict[tuple[str, frozenset], float]:
         """Samples of /metrics by (name, label pairs)."""
         text = self.session.get(f"{self.url}/metrics", timeout=self.timeout).text
-        return {
-            (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        return parse_metrics(text)
+
+
+def parse_metrics(text: str) -> dict[tuple[str, frozenset], float]:
+    """Samples of a /metrics page by (name, label pairs); ValueError where it is none."""
+    families = text_string_to_metric_families(text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
 def metric_total(samples: dict, name: str, **labels: str) -> float:

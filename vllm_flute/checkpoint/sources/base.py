@@ -1,5 +1,6 @@
 """What a source of `vllm-flute import` is: a quantized checkpoint that is read layer by layer as lut-v1."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -76,7 +77,7 @@ def settings(config: dict) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-class Directory:
+class Directory(ABC):
     """The parts of `Source` that a Hugging Face directory in safetensors has in common with others.
 
     A subclass sets ``kind`` and ``parts`` (suffixes of the tensors that a quantized layer P has, the packed weight's
@@ -111,8 +112,8 @@ class Directory:
             )
         return {layer: self.spec(layer) for layer in self.layers}
 
-    def spec(self, layer: str) -> LayerSpec:
-        raise NotImplementedError
+    @abstractmethod
+    def spec(self, layer: str) -> LayerSpec: ...
 
     def header(self, layer: str, part: str, dtypes: tuple[str, ...], dims: int) -> Header:
         """The header of a layer's tensor; FluteError where it is missing, of another dtype or has no such shape."""
@@ -127,8 +128,8 @@ class Directory:
             )
         return found
 
-    def convert(self, layer: str) -> Converted:
-        raise NotImplementedError
+    @abstractmethod
+    def convert(self, layer: str) -> Converted: ...
 
     def plain(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
         return self.convert(layer).lut.dequantize(dtype)

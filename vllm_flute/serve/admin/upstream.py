@@ -7,8 +7,8 @@ from collections import deque
 from typing import NamedTuple
 
 import requests
-from prometheus_client.parser import text_string_to_metric_families
 
+from ..client import parse_metrics
 from .status import GENERATED, Sample, restarted
 
 PERIOD = 2.0  # seconds between two readings of /metrics
@@ -67,9 +67,7 @@ class Upstream:
         self.readings += 1
         try:
             text = self._get("/metrics").decode()
-            families = list(text_string_to_metric_families(text))
-            values = {(s.name, frozenset(s.labels.items())): s.value for f in families for s in f.samples}
-            sample = Sample(time.monotonic(), values, text)
+            sample = Sample(time.monotonic(), parse_metrics(text), text)
             if not self.models:
                 self.models = [card["id"] for card in self._json("/v1/models")["data"]]
                 self.version = self._json("/version").get("version")
