@@ -73,28 +73,11 @@ class Calibration:
         self.plain = list(self.hidden) if learned else []
         self.layer = 0
 
-    def _source(self, layer: int) -> dict[str, torch.Tensor]:
-        prefix = f"model.layers.{layer}."
-        names = [name for name in self.source.headers if name.startswith(prefix)]
-        return _computed({name.removeprefix(prefix): self.source.tensor(name) for name in names})
-
-    def _moments(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """The mean of ``x x^T`` over the inputs x ``[K]``: fp32 ``[K, K]``, or its diagonal ``[K]``."""
-        k = inputs[0].shape[-1]
-        total = torch.zeros((k, k) if self.full else (k,))
-        for one in inputs:
-            x = one.to(torch.float32)
-            if self.full:
-                total.addmm_(x.T, x)
-            else:
-                total += x.square().sum(0)
-        return total.div_(sum(map(len, inputs)))
-
     def _advance(self, layer: int) -> None:
         while self.layer < layer:
             self.hidden = self.block.run(self.hidden, _computed(self.final(self.layer)))
             if self.plain:
-                self.plain = self.block.run(self.plain, self._source(self.layer))
+                self.plain = self.block.run(self.plain, layer_weights(self.source, self.layer))
             self.layer += 1
 
     @torch.no_grad()
@@ -104,12 +87,12 @@ class Calibration:
         ``stage`` is called for the linear layers that share their inputs, in the order of the computation.
         """
         self._advance(layer)
-        plain = self._source(layer)
+        plain = layer_weights(self.source, layer)
         weights = dict(plain)
         made: dict[str, LutTensor] = {}
         for names, inputs in self.block.stages(self.hidden, weights):
             if names:
-                found = stage(names, self._moments(inputs))
+                found = stage(names, second_moments(inputs, self.full))
                 weights |= {f"{name}.weight": t.dequantize(DTYPE) for name, t in found.items()}
                 made |= found
         if self.plain and made:
@@ -126,7 +109,31 @@ class Calibration:
         """Second moments of the output head's inputs, after all decoder layers."""
         self._advance(self.config.num_hidden_layers)
         weight = self.source.tensor("model.norm.weight").to(DTYPE)
-        return self._moments([self.block.norm(x, weight) for x in self.hidden])
+        return second_moments([self.block.norm(x, weight) for x in self.hidden], self.full)
+
+
+def layer_weights(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    """The weights of a decoder layer as it computes with them, by their names within it."""
+    prefix = f"model.layers.{layer}."
+    names = [name for name in source.headers if name.startswith(prefix)]
+    return _computed({name.removeprefix(prefix): source.tensor(name) for name in names})
+
+
+def second_moments(inputs: list[torch.Tensor], full: bool) -> torch.Tensor:
+    """The mean of ``x x^T`` over the inputs x ``[K]``: fp32 ``[K, K]``, or its diagonal ``[K]``.
+
+    Args:
+        inputs: ``[tokens, K]`` of each sequence.
+    """
+    k = inputs[0].shape[-1]
+    total = torch.zeros((k, k) if full else (k,))
+    for one in inputs:
+        x = one.to(torch.float32)
+        if full:
+            total.addmm_(x.T, x)
+        else:
+            total += x.square().sum(0)
+    return total.div_(sum(map(len, inputs)))
 
 
 def _computed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
