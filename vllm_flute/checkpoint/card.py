@@ -50,6 +50,7 @@ def model_card(source: Checkpoint, report) -> str:
     tokens = report.calibration_tokens
     calibration = f"calibrated with {tokens} tokens of text" if tokens else "without calibration data"
     calibration += ", rotated" if report.rotated else ""
+    calibration += ", prescaled" if report.prescaled else ""
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "tags:"]
     lines += ["- quantized", "- lookup-table", "- vllm-flute", "---", f"# {title}, lookup-table quantized", ""]
     lines += [

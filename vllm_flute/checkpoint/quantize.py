@@ -20,6 +20,7 @@ from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
 from .mixed import mix
 from .output import Output, copy_files
+from .prescale import PrescaledCheckpoint, search_prescales
 from .reader import Checkpoint
 from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
 from .rotate import EMBEDDING, RotatedCheckpoint
@@ -60,6 +61,7 @@ class QuantizeReport:
     method: str
     calibration_tokens: int
     rotated: bool
+    prescaled: bool
 
     @property
     def bits_per_weight(self) -> float:
@@ -184,6 +186,7 @@ def quantize_checkpoint(
     calibrate: str | Path | None = None,
     tokens: int = 32768,
     rotate: bool = False,
+    prescale: bool = False,
     target_bits: float | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -211,6 +214,8 @@ def quantize_checkpoint(
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
             errors by the inputs' second moments. LLaMA's architecture only.
         rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
+        prescale: fold scales of the inputs into the weights first, so that inputs that matter are rounded less (see
+            `search_prescales`); needs calibration.
         target_bits: choose the width of each layer for so many bits a weight on average, scales included (see `mix`);
             ``bits`` then counts for the output head only. LLaMA's architecture only.
         overwrite: replace another result of this tool in ``out``.
@@ -228,6 +233,8 @@ def quantize_checkpoint(
     full = method in ("gptq", "learned")
     if (full and not calibrate) or (method == "absmax" and calibrate):
         raise FluteError(f"method {method} {'needs' if full else 'does not use'} calibration text")
+    if prescale and not calibrate:
+        raise FluteError("--prescale needs calibration text, and a method that uses it: give --calibrate TEXT")
     _check_options(bits, group_size, codebook, scale_dtype, "")
     for name, spec in overrides.items():
         _check_options(*spec, codebook, scale_dtype, f"--override {name}: ")
@@ -320,16 +327,22 @@ def quantize_checkpoint(
 
     table = _table(codebook, bits)
     options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
-    options |= {"method": method, "rotate": rotate}
+    options |= {"method": method, "rotate": rotate, "prescale": prescale}
     calibration = None
     if calibrate:
         options["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        calibration = Calibration(source, ids, final, full, learned=method == "learned")
     with Output(out, fingerprint(source, options), overwrite) as output:
+        if prescale:
+            # A run that continues finds the scales again. They need not be the same bit by bit: none reaches beyond
+            # the decoder layer, and so the shard, that it belongs to.
+            source = PrescaledCheckpoint(source, search_prescales(source, ids, lut, codebook, progress))
+        if calibrate:
+            calibration = Calibration(source, ids, final, full, learned=method == "learned")
         reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
         layers = [LayerReport(**r) for r in reports]
+        count = ids.numel() if calibrate else 0
         report = QuantizeReport(
-            lut, layers, source.nbytes, output.nbytes, method, ids.numel() if calibrate else 0, rotate
+            lut, layers, source.nbytes, output.nbytes, method, count, rotated=rotate, prescaled=prescale
         )
         config = source.config | {"quantization_config": lut.to_dict()}
         if lm_head:

@@ -82,6 +82,14 @@ def quantize(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Fold random rotations into the weights first; unties a tied head.")
     ] = False,
+    prescale: Annotated[
+        bool,
+        typer.Option(
+            "--prescale",
+            help="Fold scales of the inputs into the weights first, so that inputs that matter are rounded less (AWQ); "
+            "needs --calibrate.",
+        ),
+    ] = False,
     ignore: Annotated[
         list[str], typer.Option(help="Leave these modules as they are: part of a dotted name, or re:REGEX. Repeatable.")
     ] = (),
@@ -125,6 +133,7 @@ def quantize(
             calibrate=calibrate,
             tokens=tokens,
             rotate=rotate,
+            prescale=prescale,
             target_bits=target_bits,
             overwrite=overwrite,
             progress=progress,
@@ -144,7 +153,7 @@ def quantize(
         f"{widths}, group {group_size or 'a row'}, codebook {report.config.codebook}",
     )
     calibrated = f", calibrated with {report.calibration_tokens} tokens" if calibrate else ""
-    table.add_row("method", report.method + calibrated + (", rotated" if rotate else ""))
+    table.add_row("method", report.method + calibrated + ", rotated" * rotate + ", prescaled" * prescale)
     table.add_row("bits a weight", f"{report.bits_per_weight:.3f} in quantized layers, with scales and codebooks")
     table.add_row("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)}")
     table.add_row("relative error", f"mean {report.mean_error:.4f}, largest {worst.error:.4f} ({worst.name})")
