@@ -39,6 +39,8 @@ METHODS = {
     "nf, absmax": ({"codebook": "nf", "method": "absmax"}, False),
     "nf, scale search": ({"codebook": "nf", "method": "scale-search"}, False),
     "nf, scale search, --rotate": ({"codebook": "nf", "method": "scale-search", "rotate": True}, False),
+    "nf, weighted scale search": ({"codebook": "nf", "method": "scale-search"}, True),
+    "nf, weighted scale search, --prescale": ({"codebook": "nf", "method": "scale-search", "prescale": True}, True),
     "lloyd-max, scale search": ({"codebook": "lloyd-max", "method": "scale-search"}, False),
     "lloyd-max, weighted scale search": ({"codebook": "lloyd-max", "method": "scale-search"}, True),
     "fitted, weighted scale search": ({"codebook": "fitted", "method": "scale-search"}, True),
@@ -46,6 +48,7 @@ METHODS = {
     "nf, gptq, --rotate": ({"codebook": "nf", "method": "gptq", "rotate": True}, True),
     "lloyd-max, gptq": ({"codebook": "lloyd-max", "method": "gptq"}, True),
     "fitted, gptq": ({"codebook": "fitted", "method": "gptq"}, True),
+    "fitted, gptq, --prescale": ({"codebook": "fitted", "method": "gptq", "prescale": True}, True),
     "fitted, learned": ({"codebook": "fitted", "method": "learned"}, True),
 }
 
