@@ -1,7 +1,7 @@
 """The served model, end to end: real `vllm serve` processes, one battery of questions, answers compared.
 
 Each configuration is served once, asked everything, and stopped; the tests compare what was answered. Equality is
-proved in float32, where there are no ties; bf16 may differ where the reference's own two best tokens are a tie.
+proved in float32, where there are no ties; bf16 may differ where the reference's own best tokens are a tie.
 """
 
 import json
@@ -44,6 +44,7 @@ PROMPTS = (
     "Q: What is 12 times 3?\nA:",
 )
 TOKENS = 32
+CANDIDATES = 5  # best tokens that are told at each position: a tie may be of more than two
 COUNTED_TOKENS = 8
 CHAT = [{"role": "user", "content": "Name three fruits and say which is the sweetest."}]
 
@@ -66,7 +67,7 @@ class Answers(NamedTuple):
     texts: list[str]  # one request with all prompts
     tokens: list[list[str]]
     logprobs: list[list[float]]  # of the chosen tokens
-    top: list[list[dict[str, float]]]  # the two best at each position
+    top: list[list[dict[str, float]]]  # the best at each position
     single: str  # the first prompt alone
     chat: str
     streamed_completion: str
@@ -79,7 +80,7 @@ def ask(url: str) -> Answers:
     import openai
 
     client = Client(url)
-    choices = client.complete(list(PROMPTS), TOKENS, logprobs=2, ignore_eos=True)
+    choices = client.complete(list(PROMPTS), TOKENS, logprobs=CANDIDATES, ignore_eos=True)
     choices.sort(key=lambda c: c["index"])
     logprobs = [c["logprobs"] for c in choices]
     single = client.complete(PROMPTS[0], TOKENS, ignore_eos=True)[0]["text"]
@@ -131,7 +132,7 @@ def models(work):
 
     def smol_flute() -> Path:
         """As online quantization does by default."""
-        quantize_checkpoint(get("smol"), work / "smol-flute", codebook="nf", method="absmax")
+        quantize_checkpoint(get("smol"), work / "smol-flute")
         return work / "smol-flute"
 
     def llama_flute() -> Path:
@@ -228,8 +229,8 @@ def test_three_ranks_agree_in_float32(answers, smol_plain):
 
 
 def test_bf16_compiled_text_up_to_ties(answers):
-    """Compiled as in production. Where texts part, the plain model's two candidates must be a tie; up to there the
-    log-probabilities agree."""
+    """Compiled as in production. Where texts part, both tokens must be a tie of the plain model's; up to there
+    the log-probabilities agree."""
     plain = answers("smol-flute-bfloat16", "--dtype", "bfloat16", *EAGER)
     flute = answers("smol-flute", "--dtype", "bfloat16", *FLUTE)
     gaps, differences = [], []
