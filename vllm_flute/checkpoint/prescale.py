@@ -54,7 +54,7 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 def _lost(weight: torch.Tensor, moments: torch.Tensor, scales: torch.Tensor, spec, codebook, name: str) -> float:
     """``tr((W' - W) H (W' - W)^T)``, where W' is ``weight [R, K]`` rounded with ``scales [K]``, H ``moments [K, K]``.
 
-    Scale search stands for all methods, and the table for a Gaussian for one that is fitted: both are cheap.
+    Scale search stands for all methods, and NormalFloat for a table that is fitted: both are cheap.
     """
     table = DEFAULT_CODEBOOK if isinstance(codebook, str) and codebook == FITTED else codebook
     t = quantize(weight * scales, *spec, table, name=name, importance=moments.diagonal() / scales.square())
