@@ -32,9 +32,9 @@ _SMALLEST = 1e-2
 def _scales(size: torch.Tensor, exponent: float) -> torch.Tensor:
     """``size**exponent`` fp32 ``[K]`` with largest * smallest = 1 (AWQ's equation 5 and its normalization).
 
-    Powers of two would fold exactly, but gain half: at 3 bits in groups of 64 SmolLM2-135M's stages keep 97% of the
-    output error on average, with these 94%. Rounding the folded weights to bf16 once more, 2**-9 of a weight at most,
-    is nothing beside a rounding error of a tenth.
+    Powers of two would fold exactly, but gain less: SmolLM2-135M at 3 bits in groups of 64, NormalFloat by weighted
+    scale search, has a KL divergence of .499 with them, .465 with these, .550 without (16352 held-out tokens). Rounding
+    the folded weights to bf16 once more, 2**-9 of a weight at most, is nothing beside a rounding error of a tenth.
     """
     scales = size.clamp(min=_SMALLEST * size.mean().item()).pow(exponent)
     return scales / (scales.max() * scales.min()).sqrt()
