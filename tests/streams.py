@@ -26,8 +26,8 @@ async def ask(session: aiohttp.ClientSession, url: str, tokens: int, stream: boo
             if answer.status != 200:
                 return Outcome("failed", f"status {answer.status}: {(await answer.text())[:200]}")
             if not stream:
-                usage = (await answer.json())["usage"]
-                return Outcome("answered", "", usage["completion_tokens"])
+                got = (await answer.json())["usage"]["completion_tokens"]
+                return Outcome("answered" if got == tokens else "lost", f"{got} of {tokens} tokens", got)
             events, got, error = 0, 0, ""
             async for line in answer.content:
                 if line.strip() == b"data: [DONE]":
@@ -49,7 +49,7 @@ async def ask(session: aiohttp.ClientSession, url: str, tokens: int, stream: boo
 
 
 def start(
-    url: str, count: int, tokens: int, *, streams: float = 0, leave_after: int = 0, key: str = "", limit: int = 120
+    url: str, count: int, tokens: int, *, streams: float = 0, leave_after: int = 0, key: str = "", limit: int = 300
 ):
     """A task of ``count`` requests at once, of which the share ``streams`` is streamed; gives their outcomes.
 

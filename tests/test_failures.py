@@ -91,7 +91,7 @@ def model(work, plain) -> Path:
 @pytest.fixture(scope="module")
 def replicas(model, work):
     """Two servers with a key that drain before they end."""
-    options = ("--api-key", KEY, "--shutdown-timeout", "60")
+    options = ("--api-key", KEY, "--shutdown-timeout", "300")
     servers = [serve(model, work / f"replica{i}.log", *options, cores=str(CORES[-i])) for i in range(2)]
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         yield list(pool.map(stack.enter_context, servers))
@@ -109,16 +109,24 @@ def running(url: str) -> tuple[float, float, float]:
     return tuple(metric_total(samples, name) for name in names)
 
 
-def wait_for(condition, seconds: float) -> bool:
+def wait_for(condition, seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return bool(held)
 
 
-async def busy(url: str, requests: int) -> None:
-    """Wait until so many requests are running."""
-    assert await asyncio.to_thread(wait_for, lambda: running(url)[0] >= requests, 60), running(url)
+async def busy(url: str, requests: int, load: asyncio.Future, worker: psutil.Process) -> None:
+    """Wait until so many requests are running, and hold them there: until the worker is resumed none of them ends.
+
+    A worker that ran on would be done before a busy machine lets anybody look: it may keep the API server or its client
+    waiting for longer than the whole load takes.
+    """
+    while (await asyncio.to_thread(running, url))[0] < requests:
+        assert not load.done(), f"over before {requests} ran at once"
+        worker.resume()
+        await asyncio.sleep(0.05)  # some steps of the engine
+        worker.suspend()
 
 
 # ---- before a server: memory and disk ----
@@ -127,7 +135,7 @@ async def busy(url: str, requests: int) -> None:
 def test_a_kv_cache_larger_than_the_memory_is_one_line(model):
     command = [Path(sys.executable).with_name("vllm"), "serve", model, *ARGS]
     env = os.environ | ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "100000"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "vllm-flute: error: VLLM_CPU_KVCACHE_SPACE=100000: so many GiB" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout
@@ -147,7 +155,7 @@ def small_disk(tmp_path):
 
 def quantize(plain: Path, out: Path, **options) -> subprocess.CompletedProcess:
     command = [Path(sys.executable).with_name("vllm-flute"), "quantize", plain, "-o", out]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def assert_one_line_and_no_half_file(done: subprocess.CompletedProcess, out: Path, reason: str) -> None:
@@ -184,7 +192,8 @@ def test_a_file_size_limit_while_quantizing(plain, tmp_path):
 
 # ---- bad requests ----
 
-OK = {"model": "model", "prompt": "tell me", "max_tokens": 4, "temperature": 0}
+TEXT = {"model": "model", "prompt": "tell me"}
+OK = TEXT | {"max_tokens": 4, "temperature": 0}
 JSON = {"Content-Type": "application/json"}
 BAD = {
     "malformed JSON": (b'{"model": ', 400),
@@ -240,16 +249,16 @@ def test_a_thousand_connections_are_all_answered(url):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    outcomes = streams.send(url, 1000, 2, streams=0.5, key=KEY, limit=200)
+    outcomes = streams.send(url, 1000, 2, streams=0.5, key=KEY)
     print(streams.figures(outcomes))
     assert streams.figures(outcomes) == {"sent": 1000, "answered": 1000, "failed": 0, "left": 0, "lost": 0}
-    assert wait_for(lambda: running(url) == (0, 0, 0), 10), running(url)
+    assert wait_for(lambda: running(url) == (0, 0, 0)), running(url)
 
 
 def test_streams_that_are_left_free_the_cache(url):
     outcomes = streams.send(url, 40, LONG, streams=1, leave_after=3, key=KEY)
     assert streams.figures(outcomes)["left"] == 40
-    assert wait_for(lambda: running(url) == (0, 0, 0), 10), running(url)
+    assert wait_for(lambda: running(url) == (0, 0, 0)), running(url)
 
 
 def test_load_scenarios_account_for_every_request(replicas, model, tmp_path):
@@ -259,12 +268,13 @@ def test_load_scenarios_account_for_every_request(replicas, model, tmp_path):
     command += ["--scenario", "steady", "--scenario", "cancelled", "--rate", "4", "--seconds", "4", "--no-warm"]
     command += ["--pid", server.process.pid, "--ttft", "60", "--itl", "10"]
     env = os.environ | {"OPENAI_API_KEY": KEY}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     steady, cancelled = json.loads((tmp_path / "report.json").read_text())["scenarios"]
     assert steady["sent"] == steady["answered"] == steady["server_finished"] == 11
     assert steady["good_share"] == 1 and steady["itl"]["p50"] > 0 and steady["memory_growth"] is not None
-    assert cancelled["sent"] == cancelled["cancelled"] >= 8
+    # A busy server sends many tokens in one piece: a stream may be whole before its client has counted enough to leave.
+    assert cancelled["sent"] == cancelled["cancelled"] + cancelled["answered"] >= 8 and cancelled["cancelled"]
     assert all(s["failed"] == s["lost"] == s["left_running"] == 0 for s in (steady, cancelled))
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
@@ -276,20 +286,21 @@ def test_a_replica_lost_behind_routers(replicas, work):
     """kill -9 of one engine under load: clients behind both routers see answers or errors, and the service goes on."""
     staying, lost = replicas
     traces = Traces(lost)
-    (engine,) = traces.named("EngineCore")
+    (engine,), (worker,) = traces.named("EngineCore"), traces.named("Worker")
     begin = []
 
-    async def load(urls):
-        tasks = [streams.start(url, 16, LONG // 4, streams=0.5, key=KEY) for url in urls]
-        await busy(lost.url, 8)
-        engine.send_signal(signal.SIGKILL)
+    async def run(urls):
+        load = asyncio.gather(*(streams.start(url, 16, LONG, streams=0.5, key=KEY) for url in urls))
+        await busy(lost.url, 8, load, worker)
+        engine.kill()
+        worker.resume()
         begin.append(time.monotonic())
-        return await asyncio.gather(*tasks)
+        return await load
 
     with routers.all_routers(staying.url, lost.url, work) as urls:
         if not urls:
             pytest.skip("neither nginx nor vllm-router is installed")
-        for name, outcomes in zip(urls, asyncio.run(load(urls.values())), strict=True):
+        for name, outcomes in zip(urls, asyncio.run(run(urls.values())), strict=True):
             print(f"{name}: {streams.figures(outcomes)}", {o.detail for o in outcomes if o.kind != "answered"})
             assert streams.figures(outcomes)["lost"] == 0
             # A stream that has begun cannot be moved to the other replica; a request without a stream can.
@@ -307,16 +318,19 @@ def test_sigterm_drains(replicas):
     """What has begun is finished, what comes then is refused, and the server ends with 0."""
     server = replicas[0]
     traces = Traces(server)
+    (worker,) = traces.named("Worker")
 
-    async def load():
-        task = streams.start(server.url, 16, LONG // 4, streams=0.5, key=KEY)
-        await busy(server.url, 16)
+    async def run():
+        load = streams.start(server.url, 16, LONG, streams=0.5, key=KEY)
+        await busy(server.url, 16, load, worker)
         server.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.5)
+        # The signal has arrived when not even a text is tokenized, which takes no worker.
+        assert await asyncio.to_thread(wait_for, lambda: not requests.post(f"{server.url}/tokenize", json=TEXT).ok)
         late = await streams.start(server.url, 4, 4, key=KEY)
-        return await task, late
+        worker.resume()
+        return await load, late
 
-    outcomes, late = asyncio.run(load())
+    outcomes, late = asyncio.run(run())
     print(f"in flight: {streams.figures(outcomes)}, later: {[o.detail for o in late]}")
     assert streams.figures(outcomes) == {"sent": 16, "answered": 16, "failed": 0, "left": 0, "lost": 0}
     assert streams.figures(late)["failed"] == 4
@@ -332,13 +346,13 @@ def test_a_worker_killed_under_load(model, work):
         workers = traces.named("Worker")
         assert len(workers) == 2 and traces.shared
 
-        async def load():
-            task = streams.start(server.url, 8, LONG, streams=0.5, limit=60)
-            await busy(server.url, 8)
-            workers[1].send_signal(signal.SIGKILL)
-            return await task
+        async def run():
+            load = streams.start(server.url, 8, LONG, streams=0.5)
+            await busy(server.url, 8, load, workers[1])
+            workers[1].kill()
+            return await load
 
-        outcomes = asyncio.run(load())
+        outcomes = asyncio.run(run())
         print(streams.figures(outcomes), {o.detail for o in outcomes})
         assert streams.figures(outcomes) == {"sent": 8, "answered": 0, "failed": 8, "left": 0, "lost": 0}
         assert server.process.wait(60) == 1
