@@ -8,7 +8,7 @@ from checkpoints import make_llama31, make_tiny
 from transformers import AutoModelForCausalLM
 
 from vllm_flute import FluteError, quantize
-from vllm_flute.checkpoint import Checkpoint, check_checkpoint, quantize_checkpoint
+from vllm_flute.checkpoint import Checkpoint, check_checkpoint, learned, quantize_checkpoint
 from vllm_flute.checkpoint.calibrate import Calibration, calibration_tokens
 from vllm_flute.checkpoint.quantize import _output_error
 
@@ -48,7 +48,7 @@ def test_moments_are_those_of_the_model(plain, text):
 
     found: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
     for full in found:
-        calibration = Calibration(source, tokens, layer, full, learned=False)
+        calibration = Calibration(source, tokens, layer, full)
         for i in range(2):
 
             def keep(names, moments, i=i, full=full):
@@ -65,24 +65,34 @@ def test_moments_are_those_of_the_model(plain, text):
 
 
 @pytest.mark.parametrize("method", ["scale-search", "learned"])
-def test_an_interrupted_run_continues(plain, text, tmp_path, method):
+def test_an_interrupted_run_continues(plain, text, tmp_path, monkeypatch, method):
+    """In the middle of the layers, and of the learning of scales."""
+    monkeypatch.setattr(learned, "UPDATES", 30)
     options = {"bits": 3, "group_size": 32, "method": method, "calibrate": text, "tokens": 512, "lm_head": True}
     report = quantize_checkpoint(plain, tmp_path / "whole", **options)
     assert report.calibration_tokens == 512 and len(report.layers) == 15
     assert all(0 < layer.output_error < layer.error < 1 for layer in report.layers if layer.name != "lm_head")
     assert "calibrated with 512 tokens" in (tmp_path / "whole" / "README.md").read_text()
 
-    def stop(done, total, label):
-        if done == 2:
-            raise KeyboardInterrupt
+    stops = [lambda done, label: done == 2]
+    if method == "learned":
+        stops.append(lambda done, label: label.startswith("scales") and done == 25)
+    for wanted in stops:
 
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(plain, tmp_path / "out", progress=stop, **options)
+        def stop(done, total, label, wanted=wanted):
+            if wanted(done, label):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(plain, tmp_path / "out", progress=stop, **options)
     with pytest.raises(FluteError, match="other options"):
         quantize_checkpoint(plain, tmp_path / "out", **options | {"tokens": 256})
     quantize_checkpoint(plain, tmp_path / "out", **options)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
     check_checkpoint(tmp_path / "out")
 
 

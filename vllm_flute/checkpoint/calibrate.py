@@ -7,7 +7,6 @@ import torch
 
 from ..errors import FluteError
 from ..format import LutTensor
-from ..quantization import learn_scales
 from .llama import DTYPE, LlamaBlock
 from .reader import Checkpoint
 
@@ -59,10 +58,9 @@ class Calibration:
         tokens: int64 ``[sequences, length]``.
         final: the weights of a decoder layer that is done, by index.
         full: whole matrices of second moments ``[K, K]``; otherwise their diagonals ``[K]``.
-        learned: end each decoder layer by `learn_scales`, against what the plain model has after it.
     """
 
-    def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool, learned: bool):
+    def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool):
         from transformers import AutoConfig
 
         self.source, self.final, self.full = source, final, full
@@ -70,14 +68,11 @@ class Calibration:
         self.block = LlamaBlock(self.config, tokens.shape[1])
         embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
         self.hidden = list(torch.nn.functional.embedding(tokens, embedding))
-        self.plain = list(self.hidden) if learned else []
         self.layer = 0
 
     def _advance(self, layer: int) -> None:
         while self.layer < layer:
             self.hidden = self.block.run(self.hidden, _computed(self.final(self.layer)))
-            if self.plain:
-                self.plain = self.block.run(self.plain, layer_weights(self.source, self.layer))
             self.layer += 1
 
     @torch.no_grad()
@@ -87,21 +82,13 @@ class Calibration:
         ``stage`` is called for the linear layers that share their inputs, in the order of the computation.
         """
         self._advance(layer)
-        plain = layer_weights(self.source, layer)
-        weights = dict(plain)
+        weights = layer_weights(self.source, layer)
         made: dict[str, LutTensor] = {}
         for names, inputs in self.block.stages(self.hidden, weights):
             if names:
                 found = stage(names, second_moments(inputs, self.full))
                 weights |= {f"{name}.weight": t.dequantize(DTYPE) for name, t in found.items()}
                 made |= found
-        if self.plain and made:
-            targets = self.block.run(self.plain, plain)
-
-            def run(x: torch.Tensor, trained: dict[str, torch.Tensor]) -> torch.Tensor:
-                return self.block.run([x], weights | {f"{name}.weight": w for name, w in trained.items()})[0]
-
-            made = learn_scales(run, made, self.hidden, targets)
         return made
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FluteError
@@ -156,6 +156,16 @@ class Output:
         write_tensors(self.path / name, tensors)
         self.shards[name] = {"tensors": {key: t.nbytes for key, t in tensors.items()}, "report": report}
         self._record()
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The tensors that are written whose names begin so."""
+        return [key for shard in self.shards.values() for key in shard["tensors"] if key.startswith(prefix)]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor that is written."""
+        shard = next(file for file, shard in self.shards.items() if name in shard["tensors"])
+        with safe_open(self.path / shard, "pt") as f:
+            return f.get_tensor(name)
 
     @property
     def nbytes(self) -> int:

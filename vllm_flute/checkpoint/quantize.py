@@ -1,14 +1,15 @@
 """Quantize a checkpoint to lut-v1 as a stream."""
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from .. import __version__
 from ..codebook import BITS, DEFAULT_CODEBOOK, check_bits, make_codebook
@@ -18,11 +19,12 @@ from ..quantization import DATA_FREE, FITTED, METHODS, gptq, quantize
 from .calibrate import Calibration, calibration_tokens
 from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
+from .learned import UNLEARNED, learn_scales
 from .mixed import mix
 from .output import Output, copy_files
 from .prescale import PrescaledCheckpoint, search_prescales
 from .reader import Checkpoint
-from .rewrite import LAYER, Progress, fingerprint, require_elsewhere, require_plain, rewrite
+from .rewrite import LAYER, Convert, Progress, fingerprint, require_elsewhere, require_plain, rewrite
 from .rotate import EMBEDDING, RotatedCheckpoint
 from .sensitivity import sample_tokens, sensitivities
 
@@ -277,8 +279,7 @@ def quantize_checkpoint(
     def final(layer: int) -> dict[str, torch.Tensor]:
         """The weights of a decoder layer that is written, dequantized, by their names within it."""
         prefix = f"model.layers.{layer}."
-        shard = next(name for name, s in output.shards.items() if any(key.startswith(prefix) for key in s["tensors"]))
-        stored = load_file(output.path / shard)
+        stored = {name: written.tensor(name) for name in written.names(prefix)}
         return {name.removeprefix(prefix): w for name, w in dequantized(stored).items()}
 
     output_errors: dict[str, float] = {}
@@ -325,20 +326,43 @@ def quantize_checkpoint(
         report = LayerReport(layer, *t.shape, *spec, adjusted, t.nbytes, *errors)
         return made, asdict(report)
 
+    def learned(reports: list[dict]) -> Convert:
+        """The second walk: what the first one wrote, with learned scales."""
+        scales = learn_scales(source, written, ids, progress)
+        by_layer = {r["name"]: r for r in reports}
+
+        def convert(name: str) -> tuple[dict[str, torch.Tensor], dict | None]:
+            layer = name.removesuffix(".weight")
+            if layer not in by_layer:
+                return {name: written.tensor(name)}, None
+            made = {key: written.tensor(key) for key in (f"{layer}.{part}" for part in PARTS)}
+            made |= {f"{layer}.scales": scales[layer]} if layer in scales else {}
+            error = _relative_error(source.tensor(weights[name]), LutTensor(*made.values()))
+            return made, by_layer[layer] | {"error": error}
+
+        return convert
+
     table = _table(codebook, bits)
     options = {"version": __version__, "config": lut.to_dict(), "table": table, "scale_dtype": str(scale_dtype)}
     options |= {"method": method, "rotate": rotate, "prescale": prescale}
     calibration = None
     if calibrate:
         options["calibration"] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    with Output(out, fingerprint(source, options), overwrite) as output:
+    with Output(out, fingerprint(source, options), overwrite) as output, ExitStack() as stack:
+        written = output
+        if method == "learned":
+            # What GPTQ makes lies in a folder of its own until its scales are learned.
+            written = stack.enter_context(Output(output.path / UNLEARNED, output.fingerprint, overwrite=True))
         if prescale:
             # A run that continues finds the scales again. They need not be the same bit by bit: none reaches beyond
             # the decoder layer, and so the shard, that it belongs to.
             source = PrescaledCheckpoint(source, search_prescales(source, ids, lut, codebook, progress))
         if calibrate:
-            calibration = Calibration(source, ids, final, full, learned=method == "learned")
-        reports = rewrite(dict.fromkeys([*source.headers, *weights]), convert, output, progress)
+            calibration = Calibration(source, ids, final, full)
+        names = dict.fromkeys([*source.headers, *weights])
+        reports = rewrite(names, convert, written, progress)
+        if method == "learned":
+            reports = rewrite(names, learned(reports), output, progress)
         layers = [LayerReport(**r) for r in reports]
         count = ids.numel() if calibrate else 0
         report = QuantizeReport(
@@ -349,4 +373,5 @@ def quantize_checkpoint(
             config["tie_word_embeddings"] = False
         copy_files(source.path, output.path)
         output.finish(config, model_card(source, report))
+    shutil.rmtree(output.path / UNLEARNED, ignore_errors=True)
     return report

@@ -71,8 +71,8 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="scale-search (default), absmax, gptq (default with --calibrate), or learned (GPTQ, then its scales "
-            "trained).",
+            help="scale-search (default), absmax, gptq (default with --calibrate), or learned (GPTQ, then all "
+            "scales trained against the plain model's predictions).",
         ),
     ] = None,
     calibrate: Annotated[

@@ -2,9 +2,8 @@
 
 from .fitted import FITTED
 from .gptq import gptq
-from .learned import learn_scales
 from .round_to_nearest import DATA_FREE, quantize
 
 METHODS = ("scale-search", "absmax", "gptq", "learned")
 
-__all__ = ["DATA_FREE", "FITTED", "METHODS", "gptq", "learn_scales", "quantize"]
+__all__ = ["DATA_FREE", "FITTED", "METHODS", "gptq", "quantize"]

@@ -1,0 +1,213 @@
+"""Learned scales: codes stand still, scales follow the gradient of what the whole model predicts."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..errors import FluteError
+from ..format import PARTS, LutTensor
+from .calibrate import layer_weights
+from .config import HEAD
+from .llama import DTYPE, LlamaBlock
+from .output import Output, write_tensors
+from .reader import Checkpoint
+from .rewrite import Progress
+
+# Where the quantized model lies before its scales are learned, below the output; and how far learning is.
+UNLEARNED = ".unlearned"
+_STATE = "learning.safetensors"
+
+# One sequence an update. On text beside the calibration's, 40 updates of 1024 tokens took a KL divergence of .32 to .21
+# (3 bits) and of 1.37 to .7 (2 bits), SmolLM2-135M, group 64; what more of them bring falls off with their logarithm.
+UPDATES = 160
+# Adam's rate is a share of each scale: up over the first updates, then down to 0 as a cosine.
+RATE = 5e-3
+_WARM_UP = 10
+_BETAS = (0.9, 0.95)
+_ROWS = 128  # tokens whose logits are in memory at once
+_SAVE_EVERY = 20  # updates that an interruption may cost
+
+
+class _Head:
+    """Next-token distributions from the last decoder layer's outputs: the plain model's, and the quantized one's."""
+
+    def __init__(self, source: Checkpoint, quantized: torch.Tensor | None, block: LlamaBlock):
+        name = "model.embed_tokens.weight" if source.tied_head else "lm_head.weight"
+        self.plain = source.tensor(name).to(DTYPE)
+        self.quantized = self.plain if quantized is None else quantized
+        self.norm, self.block = source.tensor("model.norm.weight").to(DTYPE), block
+
+    def divergence(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(KL divergence from the plain model in nats a token, its gradient by ``hidden``); ``[tokens, hidden_size]``.
+
+        ``target``: what the plain model has in the place of ``hidden``.
+        """
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            x = self.block.norm(hidden, self.norm)
+        wanted = self.block.norm(target, self.norm)
+        total, gradient = 0.0, torch.empty_like(x)
+        for i in range(0, len(x), _ROWS):
+            part = slice(i, i + _ROWS)
+            own = (x[part].detach() @ self.quantized.T).float().log_softmax(-1)
+            plain = (wanted[part] @ self.plain.T).float().log_softmax(-1)
+            share = plain.exp()
+            total += (share * (plain - own)).sum().item()
+            gradient[part] = (own.exp() - share).to(DTYPE) @ self.quantized
+        return total / len(x), torch.autograd.grad(x, hidden, gradient / len(x))[0]
+
+
+class _Layer:
+    """A decoder layer whose quantized matrices are ``table entry * scale``, computed for each pass anew."""
+
+    def __init__(self, plain: Mapping[str, torch.Tensor], linears: Mapping[str, LutTensor]):
+        self.linears = linears
+        self.rest = {name: w for name, w in plain.items() if name.removesuffix(".weight") not in linears}
+        self.start = {name: t.scales.to(torch.float32) for name, t in linears.items()}
+        # What is learned: by which share each scale changes.
+        self.change = {name: torch.zeros_like(scales) for name, scales in self.start.items()}
+
+    def scales(self, name: str) -> torch.Tensor:
+        """``[N, G]`` as they are stored."""
+        return (self.start[name] * (1 + self.change[name])).to(self.linears[name].scales.dtype)
+
+    def entries(self, name: str) -> torch.Tensor:
+        """The table's entry of each weight, bf16 ``[N, G, group_size]``."""
+        t = self.linears[name]
+        codes = t.codes().view(-1).to(torch.int32)
+        return t.codebook.to(DTYPE).index_select(0, codes).view(*t.scales.shape, -1)
+
+    def weights(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All weights of the layer, bf16, by their names within it."""
+        made = {n: (entries[n] * self.scales(n).to(DTYPE).unsqueeze(-1)).flatten(1) for n in self.linears}
+        return self.rest | {f"{name}.weight": w for name, w in made.items()}
+
+    def forward(self, block: LlamaBlock, hidden: torch.Tensor) -> torch.Tensor:
+        return block.run([hidden], self.weights({name: self.entries(name) for name in self.linears}))[0]
+
+    def backward(
+        self, block: LlamaBlock, hidden: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(gradient at the inputs, gradients of ``change`` fp32 ``[N, G]``) for that at the outputs."""
+        entries = {name: self.entries(name) for name in self.linears}
+        weights = self.weights(entries)
+        hidden = hidden.detach().requires_grad_()
+        trained = [weights[f"{name}.weight"].requires_grad_() for name in self.linears]
+        with torch.enable_grad():
+            outputs = block.run([hidden], weights)[0]
+        before, *found = torch.autograd.grad(outputs, [hidden, *trained], gradient)
+        by_name = zip(self.linears, found, strict=True)
+        return before, {
+            name: (g.view_as(entries[name]) * entries[name]).sum(-1, dtype=torch.float32) * self.start[name]
+            for name, g in by_name
+        }
+
+
+class _Adam:
+    """Adam (arXiv 1412.6980) over named tensors, with a state that is saved beside them."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor], updates: int):
+        self.parameters, self.updates, self.step = parameters, updates, 0
+        self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        one, two = _BETAS
+        rate = RATE * min(1.0, (self.step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.step / self.updates))
+        self.step += 1
+        for name, g in gradients.items():
+            first, second = self.first[name].lerp_(g, 1 - one), self.second[name].lerp_(g.square(), 1 - two)
+            size = (second / (1 - two**self.step)).sqrt_().add_(1e-12)
+            self.parameters[name].sub_(first.div(1 - one**self.step).div_(size), alpha=rate)
+
+    def save(self, path: Path) -> None:
+        parts = {"parameter": self.parameters, "first": self.first, "second": self.second}
+        state = {f"{part}:{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        write_tensors(path, state | {"step": torch.tensor(self.step)})
+
+    def load(self, path: Path) -> None:
+        state = load_file(path)
+        self.step = int(state.pop("step"))
+        for key, tensor in state.items():
+            part, _, name = key.partition(":")
+            {"parameter": self.parameters, "first": self.first, "second": self.second}[part][name].copy_(tensor)
+
+
+def _linears(written: Output, prefix: str) -> dict[str, LutTensor]:
+    """The quantized linears below a prefix, by what follows it."""
+    layers = [key.removesuffix(".qweight") for key in written.names(prefix) if key.endswith(".qweight")]
+    return {
+        layer.removeprefix(prefix): LutTensor(*(written.tensor(f"{layer}.{part}") for part in PARTS), name=layer)
+        for layer in layers
+    }
+
+
+@torch.no_grad()
+def learn_scales(
+    source: Checkpoint, written: Output, tokens: torch.Tensor, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
+    """Scales ``[N, G]`` by layer name that bring a quantized LLaMA's predictions closer to the plain model's.
+
+    A weight ``codebook[code] * scale`` is differentiable in its scale, so the gradient is exact for given codes; its
+    rounding to a stored dtype is passed over (straight-through). Scales are trained against the whole model's loss, as
+    FLUTE's learned NormalFloat scales are (arXiv 2407.10960, section 3.4) and EfficientQAT's in its second stage (arXiv
+    2407.11062, section 3.3); the loss is the KL divergence from the plain model's next-token distributions, so that a
+    few ten thousand tokens of text do not teach the model the text.
+
+    In memory: the packed layers, three numbers for each scale, one decoder layer's weights and one sequence's inputs
+    of every layer; and what the plain model has after its last layer for all tokens.
+
+    Args:
+        source: the plain checkpoint.
+        written: the quantized one, complete but not finished; training keeps its state beside it, and continues there.
+        tokens: int64 ``[sequences, length]``; a sequence is one update, each in turn in a random order.
+
+    Raises:
+        FluteError: predictions that are not finite.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.path)
+    block = LlamaBlock(config, tokens.shape[1])
+    embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
+    target = list(torch.nn.functional.embedding(tokens, embedding))
+    layers = []
+    for index in range(config.num_hidden_layers):
+        plain = layer_weights(source, index)
+        target = block.run(target, plain)
+        layers.append(_Layer(plain, _linears(written, f"model.layers.{index}.")))
+        if progress:
+            progress(index + 1, config.num_hidden_layers, "the plain model")
+    head = _linears(written, HEAD)
+    output = _Head(source, head[""].dequantize(DTYPE) if head else None, block)
+    changes = {f"model.layers.{i}.{n}": c for i, layer in enumerate(layers) for n, c in layer.change.items()}
+    optimizer = _Adam(changes, UPDATES)
+    state = written.path / _STATE
+    if state.exists():
+        optimizer.load(state)
+    generator = torch.Generator().manual_seed(0)
+    rounds = -(-UPDATES // len(tokens))
+    order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:UPDATES].tolist()
+    while optimizer.step < UPDATES:
+        sequence = order[optimizer.step]
+        inputs = [torch.nn.functional.embedding(tokens[sequence], embedding)]
+        for layer in layers:
+            inputs.append(layer.forward(block, inputs[-1]))
+        loss, gradient = output.divergence(inputs.pop(), target[sequence])
+        if not math.isfinite(loss):
+            raise FluteError(
+                f"{source.path}: the quantized model's predictions are not finite: use --method gptq, or more bits"
+            )
+        gradients = {}
+        for index in range(len(layers) - 1, -1, -1):
+            gradient, found = layers[index].backward(block, inputs.pop(), gradient)
+            gradients |= {f"model.layers.{index}.{name}": g for name, g in found.items()}
+        optimizer.update(gradients)
+        if optimizer.step % _SAVE_EVERY == 0:
+            optimizer.save(state)
+        if progress:
+            progress(optimizer.step, UPDATES, f"scales, KL {loss:.3f}")
+    return {f"model.layers.{i}.{n}": layer.scales(n) for i, layer in enumerate(layers) for n in layer.linears}
