@@ -50,6 +50,7 @@ METHODS = {
     "fitted, gptq": ({"codebook": "fitted", "method": "gptq"}, True),
     "fitted, gptq, --prescale": ({"codebook": "fitted", "method": "gptq", "prescale": True}, True),
     "fitted, learned": ({"codebook": "fitted", "method": "learned"}, True),
+    "fitted, learned, --prescale": ({"codebook": "fitted", "method": "learned", "prescale": True}, True),
 }
 
 
@@ -199,7 +200,8 @@ def main() -> None:
     elif not args.text:
         parser.error("give --text")
     elif args.layer:
-        methods = {name: METHODS[name] for name in chosen(args)}
+        # Learning scales takes the whole model at once: two layers do not tell what it costs.
+        methods = {name: METHODS[name] for name in chosen(args) if METHODS[name][0]["method"] != "learned"}
         found = measure_layer(args.layer, Path(args.model), args.work, methods, args.tokens, split(args)[0])
         file = args.work / "layer.json"
         known = json.loads(file.read_text()) if file.exists() else []

@@ -120,13 +120,19 @@ async def busy(url: str, requests: int, load: asyncio.Future, worker: psutil.Pro
     """Wait until so many requests are running, and hold them there: until the worker is resumed none of them ends.
 
     A worker that ran on would be done before a busy machine lets anybody look: it may keep the API server or its client
-    waiting for longer than the whole load takes.
+    waiting for longer than the whole load takes. So it stands still before the load begins, and runs for moments only.
     """
+
+    def some_steps() -> None:
+        worker.resume()
+        time.sleep(0.03)
+        worker.suspend()
+
+    worker.suspend()
     while (await asyncio.to_thread(running, url))[0] < requests:
         assert not load.done(), f"over before {requests} ran at once"
-        worker.resume()
-        await asyncio.sleep(0.05)  # some steps of the engine
-        worker.suspend()
+        # In a thread: the loop of this process may be busy with what the streams bring.
+        await asyncio.to_thread(some_steps)
 
 
 # ---- before a server: memory and disk ----

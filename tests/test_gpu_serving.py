@@ -291,7 +291,10 @@ def test_a_dry_run_measures_tiny_shapes(tmp_path):
     assert all(rate > 0 for rates in figures.values() for rate in rates)
     assert "DRY RUN" in (tmp_path / "out/report.md").read_text()
     step = result["variants"]["flute-4-g64-head"]["profile"]["decode x2"]
-    # Two layers of four linears, and the head.
-    assert step["groups"]["flute"][1] == 9 and step["groups"]["flute"][0] > 0
-    assert step["groups"]["norms"][1] == 5 and step["groups"]["activation"][1] == 2 <= step["groups"]["attention"][1]
+    launches = {group: count for group, (_, count) in step["groups"].items()}
+    # The second of two requests may reach a busy engine a step late in one of the two traces, which are 16 steps apart.
+    steps = launches["flute"] / 9
+    assert steps in (15 / 16, 1, 17 / 16) and step["groups"]["flute"][0] > 0
+    # Of two layers of four linears, and the head.
+    assert launches["norms"] == 5 * steps and launches["activation"] == 2 * steps <= launches["attention"]
     assert step["groups"].get("other matrix products", [0, 0])[1] == 0
