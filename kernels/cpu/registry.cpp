@@ -170,18 +170,20 @@ int64_t table_lines = 0;
 // The analytic default: the first of its list that runs here, takes the call, and is meant for so few tokens. The limits
 // are crossings measured with `vllm-flute bench kernels` on Zen 4: for few tokens reading weights is what costs, and gemv
 // reads them best; for more, vector LUT gives most operations a cycle where a table's row serves several weights, and
-// decoded blocks where it does not: 4 bits beside bf16 multiply-adds. Those of NEON and AMX are reckoned, not measured.
+// decoded blocks where it does not: 4 bits beside bf16 multiply-adds. Those of AMX are measured on a Xeon that has it
+// (docs/speed.md): its bf16 multiply-adds outside tiles are slower than fp32's. Those of NEON are reckoned, not measured.
 constexpr int64_t kMany = INT64_MAX;
 constexpr struct {
   const char* name;
   int64_t below[4];  // tokens, for ternary weights and 2, 3, 4 bits
+  Isa least = kScalar;  // only where so much may be used
 } kPreference[] = {
-    // Only where VLLM_FLUTE_ACTIVATIONS asks for int8. Sixteen tokens fill the tiles of AMX.
-    {"dot8-avx512vnni", {16, 16, 16, 16}},
+    // Only where VLLM_FLUTE_ACTIVATIONS asks for int8.
+    {"dot8-avx512vnni", {9, 12, 12, 14}},
     {"tile-amxint8", {kMany, kMany, kMany, kMany}},
     {"dot8-avx512vnni", {kMany, kMany, kMany, kMany}},
 
-    {"gemv-avx512bf16", {10, 16, 16, 16}},
+    {"gemv-avx512", {6, 6, 7, 8}, kAmx},
     {"tile-amxbf16", {kMany, kMany, kMany, kMany}},
     {"gemv-avx512bf16", {10, 24, 64, 65}},
     {"tile-avx512bf16", {0, 0, 0, kMany}},
@@ -243,7 +245,7 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
     }
     for (const auto& preferred : kPreference) {
       kernel = r.find(preferred.name);
-      if (kernel && m < preferred.below[bits - 1] && r.may_take(*kernel, w, dtype)) break;
+      if (kernel && r.used >= preferred.least && m < preferred.below[bits - 1] && r.may_take(*kernel, w, dtype)) break;
     }
   }
   std::string why = !kernel ? "there is no such kernel" : r.lacks(*kernel);
