@@ -8,9 +8,10 @@
 The first half of the text's lines calibrates, windows from the beginning of the second half are scored. Every row is
 made twice: from the model, and from the same model with its residual stream rotated by a random orthogonal matrix,
 each compared with its own bf16 weights. Rows that DIR/results.json holds are not made again: run the command as often
-as `--minutes` needs (load_tests/results/quality.json has those of docs/quality.md: a copy of it is a beginning). llama.cpp's rows are made by its own code in another environment (`pip install llama-cpp-python`,
-PYTHON of it), from the same bf16 weights with embedding and head kept in bf16 as ours are, on the same windows of
-tokens, and scored by the same code. Time and peak memory are of a process of its own that does nothing but quantize.
+as `--minutes` needs (a copy of load_tests/results/quality.json, the rows of docs/quality.md, is a beginning).
+llama.cpp's rows are made by its own code in another environment (`pip install llama-cpp-python`, PYTHON of it), from
+the same bf16 weights with embedding and head kept in bf16 as ours are, on the same windows of tokens, and scored by the
+same code. Time and peak memory are of a process of its own that does nothing but quantize.
 """
 
 import argparse
