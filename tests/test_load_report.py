@@ -11,6 +11,7 @@ from load_tests.load import report, soak  # noqa: E402
 from load_tests.load.bench import requests_of  # noqa: E402
 from load_tests.load.records import Request, Slo, append, elapsed, read, summary  # noqa: E402
 from load_tests.load.sweep import find_knee  # noqa: E402
+from load_tests.load.target import Memory, Sample  # noqa: E402
 
 SLO = Slo(ttft=1.0, itl=0.1)
 
@@ -119,7 +120,8 @@ def test_report_holds_the_figures_and_escapes_errors(tmp_path):
     data = {"model": "m", "machine": report.machine(), "date": "d", "versions": "v", "local": True, "command": "c"}
     data |= {"slo": {"ttft": 1.0, "itl": 0.1}, "sweep": [point], "knee": 1.0, "seconds": 30, "request": "r"}
     data["scenarios"] = [scenario]
-    plots = {"sweep": report.sweep_plot([point], data["slo"]), "steady": report.time_plot(requests, [(0, None, 1, 0)])}
+    samples = [Sample(0, None, 1, 0), Sample(2, Memory(2**20, 2**20), 1, 0)]
+    plots = {"sweep": report.sweep_plot([point], data["slo"]), "steady": report.time_plot(requests, samples)}
     plots["steady-windows"] = report.soak_plot(soak.windows(soaked(0.02)))
     report.write(tmp_path, data, plots)
     assert json.loads((tmp_path / "report.json").read_text())["scenarios"][0]["failed"] == 1

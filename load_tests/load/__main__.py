@@ -46,7 +46,7 @@ def warm_up(target: Target, out: Path) -> None:
 
 
 def measure(target: Target, scenario: Scenario, rate: float, seconds: float, slo: Slo, out: Path) -> tuple:
-    """(figures, requests, samples, growth) of one run of a scenario."""
+    """(figures, requests, samples) of one run of a scenario."""
     say(scenario.name)
     (finished,) = target.totals("vllm:request_success_total")
     begin = time.monotonic()
@@ -55,7 +55,8 @@ def measure(target: Target, scenario: Scenario, rate: float, seconds: float, slo
     left = target.wait_idle()
     took = records.elapsed(requests) or time.monotonic() - begin
     figures = {"name": scenario.name, "what": scenario.what} | records.summary(requests, sent, took, slo)
-    figures |= {"memory_growth": watch.growth(), "left_running": left}
+    allocated, files = watch.growth() or (None, None)
+    figures |= {"memory_growth": allocated, "file_growth": files, "left_running": left}
     figures["server_finished"] = target.totals("vllm:request_success_total")[0] - finished
     say("  " + ", ".join(f"{figures[key]} {key}" for key in ("sent", "answered", "cancelled", "failed", "lost")))
     return figures, requests, watch.samples

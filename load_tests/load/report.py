@@ -10,6 +10,7 @@ import jinja2
 import matplotlib
 
 from .records import Request
+from .target import Sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -54,9 +55,9 @@ def sweep_plot(points: list[dict], slo: dict) -> str:
     return image(figure)
 
 
-def time_plot(requests: list[Request], samples: list[tuple]) -> str:
+def time_plot(requests: list[Request], samples: list[Sample]) -> str:
     """Latencies of requests by their start; requests in the server; resident memory."""
-    known = [s for s in samples if s[1]]
+    known = [s for s in samples if s.memory]
     figure, (one, two, *three) = plt.subplots(1, 3 if known else 2, figsize=(14, 3), layout="constrained")
     begin = min(r.start for r in requests)
     with_first = [r for r in requests if r.ttft is not None]
@@ -64,12 +65,14 @@ def time_plot(requests: list[Request], samples: list[tuple]) -> str:
     paced = [r for r in requests if r.itls and not r.paced]
     one.plot([r.start - begin for r in paced], [max(r.itls) * 1000 for r in paced], ".", label="longest ITL")
     one.set(xlabel="seconds", ylabel="ms", yscale="log")
-    two.plot([s[0] for s in samples], [s[2] for s in samples], label="running")
-    two.plot([s[0] for s in samples], [s[3] for s in samples], label="waiting")
+    two.plot([s.seconds for s in samples], [s.running for s in samples], label="running")
+    two.plot([s.seconds for s in samples], [s.waiting for s in samples], label="waiting")
     two.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
     for axes in three:
-        axes.plot([s[0] for s in known], [s[1] / 2**20 for s in known], label="resident memory")
-        axes.set(xlabel="seconds", ylabel="MiB")
+        for kind, label in enumerate(("allocated", "files, such as libraries")):
+            change = [(s.memory[kind] - known[0].memory[kind]) / 2**20 for s in known]
+            axes.plot([s.seconds for s in known], change, label=f"{label}: {known[0].memory[kind] / 2**20:.0f} MiB")
+        axes.set(xlabel="seconds", ylabel="resident memory, MiB since the beginning")
     for axes in (one, two, *three):
         axes.grid(alpha=0.3)
         axes.legend()

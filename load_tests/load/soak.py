@@ -28,7 +28,7 @@ def verdict(requests: list[Request], figures: dict, growth: float | None) -> dic
     errors = figures["failed"] + figures["lost"]
     return {
         "errors and lost requests": {"found": errors, "wanted": "0", "holds": errors == 0},
-        "growth of resident memory": _within(growth, MAX_GROWTH),
+        "growth of allocated memory": _within(growth, MAX_GROWTH),
         "drift of p95 ITL, last third to first": _within(drift, MAX_DRIFT),
     }
 
