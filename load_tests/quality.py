@@ -11,7 +11,8 @@ each compared with its own bf16 weights. Rows that DIR/results.json holds are no
 as `--minutes` needs (a copy of load_tests/results/quality.json, the rows of docs/quality.md, is a beginning).
 llama.cpp's rows are made by its own code in another environment (`pip install llama-cpp-python`, PYTHON of it), from
 the same bf16 weights with embedding and head kept in bf16 as ours are, on the same windows of tokens, and scored by the
-same code. Time and peak memory are of a process of its own that does nothing but quantize.
+same code. Peak memory and time are of a process of its own that does nothing but quantize; give `--alone` where
+nothing else runs on the machine, else no seconds are kept.
 """
 
 import argparse
@@ -154,8 +155,12 @@ def measure(args) -> None:
                     if not (path / "config.json").exists():
                         rotate_checkpoint(args.model, path, kind="orthogonal")
                 twins[name] = Twin(name, path, args, scored, args.work / name)
-            common = {"model": Path(args.model).name, "machine": machine()}
-            results.append(full | common | make(twins[name]))
+            row = full | {"model": args.name or Path(args.model).name} | make(twins[name])
+            if args.alone:
+                row["machine"] = machine()
+            else:
+                row.pop("seconds", None)
+            results.append(row)
             temporary = args.work / "results.tmp"
             temporary.write_text(json.dumps(results, indent=1) + "\n")
             temporary.rename(args.work / "results.json")
@@ -187,6 +192,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="how many windows are scored")
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python")
+    parser.add_argument("--name", help="what the model is called in the table (default: its directory's name)")
+    parser.add_argument("--alone", action="store_true", help="nothing else runs on this machine: keep the seconds")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further row after so many")
     parser.add_argument("--report", type=Path, help="write the page of all results, measure nothing")
     parser.add_argument("--layer", choices=MODELS, help="time and memory of quantizing this model, from its layers")

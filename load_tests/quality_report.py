@@ -24,7 +24,7 @@ Model: {model}. Scored: {tokens} tokens of the second half of the text's lines, 
 tokens and the same code for every row. KL divergence (nats a token) and top-1 agreement are to the bf16 weights of the
 same twin. Bits a weight count codes, scales and tables of the decoder layers' matrices; embedding and head stay bf16 in
 every row, llama.cpp's too. MiB is the size of all tensors (of llama.cpp's file). Seconds and peak MiB are the
-quantizer's own, on {machine}; other work ran on it, so the seconds are upper bounds.
+quantizer's own; there are seconds where it had the machine to itself: {machine}.
 
 The embedded model comes out of a file whose weights lie on an affine lattice of 16 values in blocks of 32, which
 flatters affine 4-bit types. Its rotated twin is the same function without a lattice: compare there.
@@ -36,8 +36,11 @@ def page(results: list[dict]) -> str:
     """Markdown: for each twin the rows of a width, least KL divergence first."""
     if not results:
         return "# Quality of quantized models\n\nNothing is measured yet.\n"
-    known = {key: ", ".join(sorted({str(r[key]) for r in results})) for key in ("model", "tokens", "machine")}
-    parts = [_INTRODUCTION.format(**known)]
+
+    def known(key: str) -> str:
+        return ", ".join(sorted({str(r[key]) for r in results if key in r}))
+
+    parts = [_INTRODUCTION.format(**{key: known(key) for key in ("model", "tokens", "machine")})]
     for twin, title in TWINS.items():
         rows = [r for r in results if r["twin"] == twin]
         if not rows:

@@ -61,11 +61,28 @@ class _Head:
         return total / len(x), torch.autograd.grad(x, hidden, gradient / len(x))[0]
 
 
+class _Entries:
+    """The table's entry of each weight, looked up for two neighbours at once: torch has no faster way to gather."""
+
+    def __init__(self, t: LutTensor):
+        codes = t.codes()
+        self.shape = *t.scales.shape, t.group_size
+        self.pairs = codes[:, 0::2] + (codes[:, 1::2] << t.bits)
+        entries = t.codebook.to(DTYPE)
+        second, first = torch.meshgrid(entries, entries, indexing="ij")
+        self.table = torch.stack([first, second], dim=-1).view(torch.int32).flatten()
+
+    def look_up(self) -> torch.Tensor:
+        """bf16 ``[N, G, group_size]``."""
+        return self.table.index_select(0, self.pairs.view(-1).to(torch.int32)).view(DTYPE).view(self.shape)
+
+
 class _Layer:
     """A decoder layer whose quantized matrices are ``table entry * scale``, computed for each pass anew."""
 
     def __init__(self, plain: Mapping[str, torch.Tensor], linears: Mapping[str, LutTensor]):
-        self.linears = linears
+        self.linears = {name: _Entries(t) for name, t in linears.items()}
+        self.dtype = {name: t.scales.dtype for name, t in linears.items()}
         self.rest = {name: w for name, w in plain.items() if name.removesuffix(".weight") not in linears}
         self.start = {name: t.scales.to(torch.float32) for name, t in linears.items()}
         # What is learned: by which share each scale changes.
@@ -73,13 +90,7 @@ class _Layer:
 
     def scales(self, name: str) -> torch.Tensor:
         """``[N, G]`` as they are stored."""
-        return (self.start[name] * (1 + self.change[name])).to(self.linears[name].scales.dtype)
-
-    def entries(self, name: str) -> torch.Tensor:
-        """The table's entry of each weight, bf16 ``[N, G, group_size]``."""
-        t = self.linears[name]
-        codes = t.codes().view(-1).to(torch.int32)
-        return t.codebook.to(DTYPE).index_select(0, codes).view(*t.scales.shape, -1)
+        return (self.start[name] * (1 + self.change[name])).to(self.dtype[name])
 
     def weights(self, entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All weights of the layer, bf16, by their names within it."""
@@ -87,13 +98,13 @@ class _Layer:
         return self.rest | {f"{name}.weight": w for name, w in made.items()}
 
     def forward(self, block: LlamaBlock, hidden: torch.Tensor) -> torch.Tensor:
-        return block.run([hidden], self.weights({name: self.entries(name) for name in self.linears}))[0]
+        return block.run([hidden], self.weights({name: e.look_up() for name, e in self.linears.items()}))[0]
 
     def backward(
         self, block: LlamaBlock, hidden: torch.Tensor, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(gradient at the inputs, gradients of ``change`` fp32 ``[N, G]``) for that at the outputs."""
-        entries = {name: self.entries(name) for name in self.linears}
+        entries = {name: e.look_up() for name, e in self.linears.items()}
         weights = self.weights(entries)
         hidden = hidden.detach().requires_grad_()
         trained = [weights[f"{name}.weight"].requires_grad_() for name in self.linears]
