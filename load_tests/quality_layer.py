@@ -57,7 +57,7 @@ def _write(path: Path, name: str, tokenizer: Path) -> None:
 def _whole_model(made: dict, layers: int) -> float:
     """Seconds for all layers: the last one that was measured stands for those that were not."""
     marks = dict(made["marks"])
-    last, before = marks[f"layers.{_LAYERS - 1}"], marks[f"layers.{_LAYERS - 2}"]
+    last, before = marks[f"model.layers.{_LAYERS - 1}"], marks[f"model.layers.{_LAYERS - 2}"]
     return made["seconds"] + (layers - _LAYERS) * (last - before)
 
 
