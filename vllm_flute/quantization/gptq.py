@@ -13,8 +13,9 @@ _BLOCK = 128  # columns whose updates of the columns beyond are made at once (se
 # Weights of a block that are worked on at once: up to so many torch runs an operation on the calling thread. Thousands
 # of small parallel sections would crawl on a machine whose cores are busy.
 _BLOCK_WEIGHTS = (1 << 15) - 1
-# Of the second moments' mean diagonal, added to the diagonal (section 3.3, step 3). On held-out text .03 to .1 are within
-# .5% at every width, the paper's .01 loses 1.2% to 1.6% more (load_tests/gptq_constants.py: SmolLM2-135M, 32768 tokens).
+# Of the second moments' mean diagonal, added to the diagonal (section 3.3, step 3). On held-out text .03 to .1 are
+# within .5% at every width, the paper's .01 loses 1.2% to 1.6% more (load_tests/gptq_constants.py: SmolLM2-135M, 32768
+# tokens).
 DAMPING = 0.06
 # Passes of coordinate descent after it: without them 5% to 7% more is lost, with one 1.3% to 1.7%, with four 1% less.
 _SWEEPS = 2
