@@ -9,6 +9,7 @@ import torch
 from checkpoints import make_llama31
 
 from vllm_flute.checkpoint import Checkpoint
+from vllm_flute.checkpoint.rewrite import units
 
 LOAD_TESTS = Path(__file__).resolve().parent.parent / "load_tests"
 sys.path.insert(0, str(LOAD_TESTS))
@@ -52,8 +53,14 @@ def test_rows_are_made_once_and_reported(plain, text, tmp_path, monkeypatch, one
         assert quantized["kl"] > 0.05 and quantized["top1"] < 1
         # Codes, a bf16 scale for 32 and a table of 16 bytes for each of 7 matrices of 16384 weights on average.
         assert 2.5 < quantized["bits_per_weight"] < 2.52
-        assert quantized["peak_bytes"] > 50 << 20 and quantized["seconds"] > 0
+        assert quantized["peak_bytes"] > 50 << 20
+        # Seconds are worth something only where nothing else ran.
+        assert "seconds" not in quantized and "machine" not in quantized
     assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=0.02)  # the same function
+
+    run(monkeypatch, plain, *options, "--groups", "64", "--twins", "plain", "--alone", "--name", "m")
+    alone = json.loads((tmp_path / "results.json").read_text())[-1]
+    assert alone["seconds"] > 0 and "thread" in alone["machine"] and alone["model"] == "m"
 
     written = (tmp_path / "results.json").stat().st_mtime_ns
     monkeypatch.setattr(quality, "Twin", None)  # nothing is to be made
@@ -94,5 +101,7 @@ def test_pairs_beat_single_values():
 
 
 def test_a_model_from_its_layers():
-    made = {"seconds": 100.0, "marks": [["embedding", 10], ["layers.0", 30], ["layers.1", 55], ["other", 100]]}
-    assert quality_layer._whole_model(made, 32) == 100 + 30 * 25
+    """The marks of a quantizer's run are named as it names its shards."""
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)), "lm_head.weight"]
+    marks = [[label, when] for (label, _), when in zip(units(names), (10, 30, 55, 100), strict=True)]
+    assert quality_layer._whole_model({"seconds": 100.0, "marks": marks}, 32) == 100 + 30 * 25
