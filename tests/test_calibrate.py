@@ -158,3 +158,11 @@ def test_models_that_cannot_be_run(text, tmp_path):
     with pytest.raises(FluteError, match="runs LLaMA's layers, .* has model_type 'mamba'"):
         quantize_checkpoint(other, tmp_path / "out", calibrate=text, tokens=64)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_learning_looks_up_the_stored_entries(bits):
+    t = quantize(torch.randn(5, 200), bits, 8, "nf")
+    entries = learned._Entries(t).look_up()
+    assert entries.shape == (5, 25, 8)
+    assert torch.equal(entries.flatten(1), t.codebook.to(torch.bfloat16)[t.codes().long()])

@@ -72,7 +72,7 @@ def time_plot(requests: list[Request], samples: list[Sample]) -> str:
         for kind, label in enumerate(("allocated", "files, such as libraries")):
             change = [(s.memory[kind] - known[0].memory[kind]) / 2**20 for s in known]
             axes.plot([s.seconds for s in known], change, label=f"{label}: {known[0].memory[kind] / 2**20:.0f} MiB")
-        axes.set(xlabel="seconds", ylabel="resident memory, MiB since the beginning")
+        axes.set(xlabel="seconds", ylabel="resident MiB since the beginning")
     for axes in (one, two, *three):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -114,7 +114,8 @@ class Watch:
         begin = time.monotonic()
         while True:
             # A server that is busy or ends is what a run may be about: that sample is missing.
-            with suppress(psutil.Error, requests.RequestException, FluteError):
+            # So is one of processes that belong to somebody else.
+            with suppress(psutil.Error, PermissionError, requests.RequestException, FluteError):
                 queue = self.target.totals("vllm:num_requests_running", "vllm:num_requests_waiting")
                 self.samples.append(Sample(time.monotonic() - begin, self.target.memory(), *queue))
             if self._end.wait(self.every):

@@ -169,8 +169,8 @@ def learn_scales(
     2407.11062, section 3.3); the loss is the KL divergence from the plain model's next-token distributions, so that a
     few ten thousand tokens of text do not teach the model the text.
 
-    In memory: the packed layers, three numbers for each scale, one decoder layer's weights and one sequence's inputs
-    of every layer; and what the plain model has after its last layer for all tokens.
+    In memory: the codes, two to a byte, four numbers for each scale, one decoder layer's weights, one sequence's inputs
+    of every layer, and what the plain model has after its last layer for all tokens.
 
     Args:
         source: the plain checkpoint.
