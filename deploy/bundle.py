@@ -212,11 +212,11 @@ def resolve(roots: list[Path], wheels: Wheels, progress=print) -> tuple[dict[str
         walked.add((by, wheel, extras))
         for requirement in requirements(wheel, extras, target.environment()):
             name = canonicalize_name(requirement.name)
-            if name in LEFT_OUT and name not in target.have:
+            here = target.have.get(name)
+            if name in LEFT_OUT and not (here and requirement.specifier.contains(here, prereleases=True)):
                 continue
             specifier = SpecifierSet() if by == "vllm" and name in UNPINNED else requirement.specifier
             ranges[name] = ranges.get(name, SpecifierSet()) & specifier
-            here = target.have.get(name)
             if name not in fixed and here and ranges[name].contains(here, prereleases=True):
                 relied[name] = here
                 continue

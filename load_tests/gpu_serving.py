@@ -6,7 +6,8 @@
 `text`: the embedded model (--model: bf16 and quantized here, or quantized already) answers as on the CPU, where the
 same command without --expected wrote DIR/expected.json. `8b-*` and `70b`: LLaMA-3 shapes with dummy weights, in-process
 engines; every part measures bf16 anew, and ratios are to that. `8b-serve`: `vllm serve` and `vllm bench serve`. A part
-ends in time, writes DIR/PART.json after every figure and says why a variant is missing. `--dry-run` takes tiny shapes
+ends in time, writes DIR/PART.json after every figure and says why a variant is missing. `--together` starts a part's
+engines side by side on one GPU, in batches that fit its memory; each then measures alone. `--dry-run` takes tiny shapes
 and says so.
 """
 
@@ -26,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 
 import gpu_serving_report
-from gpu_serving_models import Variant, write_dummy
+from gpu_serving_models import Variant, kv_bytes, write_dummy
 
 from vllm_flute.errors import FluteError
 from vllm_flute.serve import Server, cpu_environment
@@ -49,8 +50,17 @@ PARTS = {
 }
 # vLLM 0.25.1 samples with flashinfer unless told; the offline bundle leaves it out (deploy/bundle.py).
 ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+# An engine of one GPU talks to itself alone: a host without a network may not know its own name.
+ENVIRONMENT |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # A variant that has less time than this is not begun: an engine's start alone takes most of it.
 LEAST_SECONDS = 45
+MAX_MODEL_LEN = 8192
+# What an engine of --together is given besides its weights and its KV cache: the CUDA context, activations, graphs.
+# vLLM does not look at the GPU's memory where it is told the KV cache's size; what it asks to be free at the start is
+# FREE_SHARE of it, whatever else is there.
+ENGINE_BYTES, FREE_SHARE, BATCHED_TOKENS = int(3.5 * 2**30), 0.02, 4096
+# Of --together: what measuring one engine takes at most, so that it is begun with those that have started.
+MEASURE_SECONDS = 20
 
 # The one variant of `text` where --model is quantized already.
 STORED = "stored"
@@ -111,17 +121,19 @@ def machine() -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
+    memory = {"gpu_bytes": torch.cuda.get_device_properties(0).total_memory} if gpu else {}
+    return {"gpu": gpu, **memory, "cpus": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
 def last_error(log: Path) -> str:
     """The line of a log that says why."""
-    lines = [
-        line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(r"\w*Error\b|error:", line)
-    ]
+    text = log.read_text(errors="replace")
+    # An engine's process puts its name before every line, and its logger a time.
+    lines = [re.sub(r"^\(.*?\)\s*(ERROR \S+ \S+ \[\S+\]\s*)?", "", line.strip()) for line in text.splitlines()]
+    lines = [line for line in lines if re.search(r"^[\w.]*(Error|Exception)(:|$)|error:", line)]
     # An engine's own message comes before the one that says that the engine failed.
     why = [line for line in lines if "Engine core initialization failed" not in line] or lines or ["no error line"]
-    return re.sub(r"^\(.*?\)\s*(ERROR \S+ \S+ \[\S+\]\s*)?", "", why[-1])[:300]
+    return why[-1][:300]
 
 
 def end(process: subprocess.Popen) -> None:
@@ -136,33 +148,61 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+class Worker:
+    """One engine's process, and the lines that it writes."""
+
+    def __init__(self, variant: str, job: dict, log: Path):
+        self.variant, self.log = variant, log
+        self.out, self.go, self.seen = log.with_suffix(".jsonl"), log.with_suffix(".go"), 0
+        for file in (self.out, self.go):  # of a run before, where logs are kept
+            file.unlink(missing_ok=True)
+        spec = log.with_suffix(".job.json")
+        spec.write_text(json.dumps(job | {"out": str(self.out)}))
+        environment = os.environ | ENVIRONMENT | cpu_environment()
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(WORKER), str(spec)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def lines(self) -> list[dict]:
+        """Those that are new."""
+        found = self.out.read_text().splitlines(keepends=True) if self.out.exists() else []
+        new = [line for line in found[self.seen :] if line.endswith("\n")]
+        self.seen += len(new)
+        return [json.loads(line) for line in new]
+
+    def follow(self, seconds: float):
+        """Yield lines as they come, until the process ends, says that it is done, or the time is over."""
+        until = time.monotonic() + seconds
+        while True:
+            ended = self.process.poll() is not None
+            for line in self.lines():
+                if "done" in line:
+                    return
+                yield line
+            if ended or time.monotonic() > until:
+                return
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        end(self.process)
+
+
 def run_worker(part: Part, variant: str, job: dict, log: Path):
     """Run one engine and yield its lines as they come; the reason of a failure goes into the part."""
-    job = job | {"out": str(log.with_suffix(".jsonl"))}
-    spec = log.with_suffix(".job.json")
-    spec.write_text(json.dumps(job))
-    lines_file, seen = Path(job["out"]), 0
-
-    def lines() -> list[str]:
-        return lines_file.read_text().splitlines() if lines_file.exists() else []
-
-    with open(log, "w") as output:
-        command = [sys.executable, str(WORKER), str(spec)]
-        environment = os.environ | ENVIRONMENT | cpu_environment()
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            while True:
-                ended = process.poll()
-                for line in lines()[seen:]:
-                    seen += 1
-                    yield json.loads(line)
-                if ended is not None or part.left() < 0:
-                    break
-                time.sleep(0.2)
-        finally:
-            end(process)
+    worker = Worker(variant, job, log)
+    try:
+        yield from worker.follow(part.left())
+        if worker.process.poll() is None and part.left() > 0:  # it is done
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(part.left())
+        ended = worker.process.poll()
+    finally:
+        worker.end()
     if ended is None:
         part.add(variant, missing="out of time while it ran")
     elif ended:
@@ -179,12 +219,14 @@ def engine_options(dry_run: bool, streams: int) -> dict:
     common = {"load_format": "dummy", "dtype": "bfloat16", "enable_prefix_caching": False, "max_num_seqs": streams}
     if dry_run:
         return common | {"max_model_len": 512, "enforce_eager": True}
-    return common | {"max_model_len": 8192, "gpu_memory_utilization": 0.92}
+    return common | {"max_model_len": MAX_MODEL_LEN, "gpu_memory_utilization": 0.92}
 
 
-def loads(dry_run: bool) -> list[dict]:
+def loads(dry_run: bool, profiled: tuple[int, ...] | None = None) -> list[dict]:
+    """What is measured; ``profiled``: streams whose step is taken apart, None: PROFILED."""
     streams, decode, prefill = ((1, 2), 8, 64) if dry_run else (STREAMS, DECODE_TOKENS, PREFILL_TOKENS)
-    profiled = streams if dry_run else PROFILED
+    if profiled is None:
+        profiled = streams if dry_run else PROFILED
     decodes = [
         {"name": f"decode x{n}", "kind": "decode", "streams": n, "tokens": decode, "profile": n in profiled}
         for n in streams
@@ -206,28 +248,135 @@ def turns(part: Part, variants: list[str]):
         longest = max(longest, (time.monotonic() - begin) * 2 / 3)
 
 
-def offline(part: Part, shape: str, variants: list[str], dry_run: bool, folder: Path) -> None:
-    """In-process engines: decoding at several numbers of streams, and prefill."""
-    for variant in turns(part, variants):
-        how, log, traces = Variant.parse(variant), folder / f"{variant}.log", folder / f"{variant}-traces"
+def offline_job(shape: str, variant: str, args, folder: Path) -> dict:
+    """The job of an in-process engine: decoding at several numbers of streams, and prefill."""
+    wanted = loads(args.dry_run, args.profile)
+    streams = [load["streams"] for load in wanted if load["kind"] == "decode"]
+    engine = engine_options(args.dry_run, max(streams))
+    if not args.dry_run:  # a graph for what is measured; more only take time to capture
+        engine["compilation_config"] = {"cudagraph_capture_sizes": streams}
+    traces = folder / f"{variant}-traces"
+    if any(load.get("profile") for load in wanted):
         profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
-        engine = engine_options(dry_run, max(load["streams"] for load in loads(dry_run)))
-        job = {
-            "model": str(write_dummy(folder / variant, shape, how)),
-            "engine": engine | {"profiler_config": profiler},
-            "traces": str(traces),
-            "loads": loads(dry_run),
-            "rounds": 1 if dry_run else ROUNDS,
-            "prompts": [],
-        }
-        for line in run_worker(part, variant, job, log):
-            if "profile" in line:
-                part.profile(variant, line["load"], line["profile"])
-            elif "load" in line:
-                part.figure(variant, line["load"], line["rates"])
+        engine["profiler_config"] = profiler
+    return {
+        "model": str(write_dummy(folder / variant, shape, Variant.parse(variant))),
+        "engine": engine,
+        "traces": str(traces),
+        "loads": wanted,
+        "rounds": 1 if args.dry_run else args.rounds,
+        "prompts": [],
+    }
+
+
+def record(part: Part, variant: str, line: dict) -> None:
+    if "profile" in line:
+        part.profile(variant, line["load"], line["profile"])
+    elif "load" in line:
+        part.figure(variant, line["load"], line["rates"])
+    else:
+        part.add(variant, start_seconds=line["start_seconds"])
+
+
+def record_sizes(part: Part, shape: str, variant: str, log: Path) -> None:
+    part.add(variant, checkpoint_gib=Variant.parse(variant).weight_bytes(shape) / 2**30, weights_gib=weights_gib(log))
+
+
+def offline(part: Part, shape: str, variants: list[str], args, folder: Path) -> None:
+    """One in-process engine after the other."""
+    for variant in turns(part, variants):
+        log = folder / f"{variant}.log"
+        for line in run_worker(part, variant, offline_job(shape, variant, args, folder), log):
+            record(part, variant, line)
+        record_sizes(part, shape, variant, log)
+
+
+# ---- engines started side by side ----
+
+
+def together_options(shape: str, streams: int) -> dict:
+    """An engine's share of a GPU that others use too; the same for every variant."""
+    tokens = max(MAX_MODEL_LEN, streams * (DECODE_TOKENS + 64)) + BATCHED_TOKENS
+    options = {"kv_cache_memory_bytes": tokens * kv_bytes(shape), "gpu_memory_utilization": FREE_SHARE}
+    return options | {"max_num_batched_tokens": BATCHED_TOKENS}
+
+
+def batches(shape: str, variants: list[str], kv_cache: int, memory: int | None) -> list[list[str]]:
+    """Variants, in order, whose engines fit ``memory`` bytes at once; one that never fits is alone."""
+    found, free = [[]], memory
+    for variant in variants:
+        need = Variant.parse(variant).weight_bytes(shape) + kv_cache + ENGINE_BYTES
+        if memory is not None and need > free and found[-1]:
+            found, free = [*found, []], memory
+        found[-1].append(variant)
+        free = None if memory is None else free - need
+    return found
+
+
+def together(part: Part, shape: str, variants: list[str], args, folder: Path) -> None:
+    """Engines that start side by side, and then measure one at a time: nothing else runs on the GPU meanwhile."""
+    part.data["together"] = "engines were started side by side (start_seconds do not compare), each measured alone"
+    part.save()
+    options = {} if args.dry_run else together_options(shape, max(STREAMS))
+    memory = part.data["machine"].get("gpu_bytes")
+    for batch in batches(shape, variants, options.get("kv_cache_memory_bytes", 0), memory):
+        if part.left() < LEAST_SECONDS:
+            for variant in batch:
+                part.add(variant, missing=f"out of time: {part.left():.0f} s were left, {LEAST_SECONDS} s are needed")
+            continue
+        workers = []
+        try:
+            for variant in batch:
+                job, log = offline_job(shape, variant, args, folder), folder / f"{variant}.log"
+                job["engine"] |= options
+                workers.append(Worker(variant, job | {"go": str(log.with_suffix(".go"))}, log))
+            ready = wait_for_starts(part, workers)
+            for i, worker in enumerate(ready):
+                print(f"{worker.variant} measures, {part.left():.0f} s left", flush=True)
+                worker.go.touch()
+                # One that hangs must leave the others their time.
+                for line in worker.follow(part.left() / (len(ready) - i)):
+                    record(part, worker.variant, line)
+                ended, done = worker.process.poll(), all_measured(part, worker, args)
+                worker.end()
+                if not done:
+                    part.add(worker.variant, missing=last_error(worker.log) if ended else "out of time while it ran")
+        finally:
+            for worker in workers:
+                worker.end()
+        for variant in batch:
+            record_sizes(part, shape, variant, folder / f"{variant}.log")
+
+
+def all_measured(part: Part, worker: Worker, args) -> bool:
+    entry = part.data["variants"].get(worker.variant, {"figures": {}})
+    wanted = loads(args.dry_run, args.profile)
+    profiles = {load["name"] for load in wanted if load.get("profile")}
+    return {load["name"] for load in wanted} <= entry["figures"].keys() and profiles <= entry.get("profile", {}).keys()
+
+
+def wait_for_starts(part: Part, workers: list[Worker]) -> list[Worker]:
+    """Those that have started, once each has or has ended, or once the others need the time; the rest is ended."""
+    ready, starting = [], list(workers)
+    while starting and part.left() > MEASURE_SECONDS * max(len(ready), 1):
+        for worker in list(starting):
+            ended, lines = worker.process.poll(), worker.lines()
+            if lines:
+                record(part, worker.variant, lines[0])
+                print(f"{worker.variant} started, {part.left():.0f} s left", flush=True)
+                ready.append(worker)
+            elif ended is not None:
+                part.add(worker.variant, missing=last_error(worker.log))
+                print(f"{worker.variant}: {last_error(worker.log)}", flush=True)
+                worker.end()
             else:
-                part.add(variant, start_seconds=line["start_seconds"])
-        part.add(variant, checkpoint_gib=how.weight_bytes(shape) / 2**30, weights_gib=weights_gib(log))
+                continue
+            starting.remove(worker)
+        time.sleep(0.1)
+    for worker in starting:
+        part.add(worker.variant, missing="out of time while it started")
+        worker.end()
+    return [worker for worker in workers if worker in ready]
 
 
 def served(part: Part, shape: str, variants: list[str], dry_run: bool, folder: Path) -> None:
@@ -321,9 +470,13 @@ def text(part: Part, variants: list[str], args, folder: Path) -> None:
             how, model = Variant.parse(variant), folder / variant
             quantize_checkpoint(args.model, model, how.bits, how.group_size, lm_head=how.head)
         digest = checkpoint_digest(model)
+        engine = {"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": args.dry_run, "max_num_seqs": 8}
+        if part.data["machine"]["gpu"]:  # beside other engines too; and not graphs of sizes that never come
+            engine |= {"kv_cache_memory_bytes": 2**30, "gpu_memory_utilization": FREE_SHARE}
+            engine["compilation_config"] = {"cudagraph_capture_sizes": [1, 8]}
         job = {
             "model": str(model),
-            "engine": {"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": args.dry_run},
+            "engine": engine,
             "loads": [],
             "rounds": 0,
             "prompts": PROMPTS,
@@ -349,6 +502,10 @@ def text(part: Part, variants: list[str], args, folder: Path) -> None:
         print(f"wrote {path}", flush=True)
 
 
+def streams_list(text: str) -> tuple[int, ...]:
+    return () if text == "off" else tuple(int(n) for n in text.split(","))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "report"])
@@ -358,6 +515,13 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="text: a checkpoint, bf16 or quantized")
     parser.add_argument("--expected", type=Path, help="text: expected.json of a CPU")
     parser.add_argument("--logs", type=Path, help="keep logs and checkpoints' configurations here")
+    parser.add_argument("--together", action="store_true", help="start engines side by side; each measures alone")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of every load; default {ROUNDS}")
+    parser.add_argument(
+        "--profile",
+        type=streams_list,
+        help=f"streams whose decode step is taken apart, or off; default {','.join(map(str, PROFILED))}",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, few tokens, eager")
     args = parser.parse_args()
     if args.part == "report":
@@ -367,6 +531,8 @@ def main() -> int:
     try:
         for variant in variants:
             Variant.parse(variant)
+        if args.together and args.part in ("text", "8b-serve"):
+            raise FluteError("--together is for the parts with several engines in process: 8b-4bit, ..., 70b")
         if args.part == "text":
             if not args.model or not (args.model / "config.json").is_file():
                 raise FluteError("text: --model names a checkpoint, bf16 or quantized")
@@ -385,7 +551,7 @@ def main() -> int:
         elif args.part == "8b-serve":
             served(part, shape, variants, args.dry_run, folder)
         else:
-            offline(part, shape, variants, args.dry_run, folder)
+            (together if args.together else offline)(part, shape, variants, args, folder)
     print(gpu_serving_report.write(args.out))
     return int(any("missing" in variant for variant in part.data["variants"].values()))
 

@@ -37,6 +37,9 @@ SHAPES = {
 }
 
 
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
 class Variant(NamedTuple):
     """How linear layers are stored: ``bf16``, ``fp8``, METHOD-BITS-gGROUP, ``-head`` for the output head too."""
 
@@ -63,7 +66,10 @@ class Variant(NamedTuple):
                 ignore = [] if self.head else ["lm_head"]
                 return {"quant_method": "flute", "format": "lut-v1", **bits, "codebook": "nf", "ignore": ignore}
             case "gptq":
-                return {"quant_method": "gptq", **bits, "desc_act": False, "sym": True, "lm_head": self.head}
+                # vLLM looks in the checkpoint's files for quantized layers unless they are named: there are no files.
+                layers = [*LINEARS, *(["lm_head"] if self.head else [])]
+                gptq = {"quant_method": "gptq", **bits, "desc_act": False, "sym": True, "lm_head": self.head}
+                return gptq | {"modules_in_block_to_quantize": layers}
             case "awq":
                 return {"quant_method": "awq", **bits, "zero_point": True, "version": "gemm"}
             case "fp8":
@@ -79,6 +85,12 @@ class Variant(NamedTuple):
         head = s["vocab_size"] * hidden
         per_weight = (self.bits + (16 / self.group_size if self.group_size else 0)) / 8
         return int(linear * per_weight + head * 2 + head * (per_weight if self.head else 2))
+
+
+def kv_bytes(shape: str) -> int:
+    """Bytes of one token's keys and values in 16 bits."""
+    s = SHAPES[shape]
+    return 2 * 2 * s["num_hidden_layers"] * s["num_key_value_heads"] * s["hidden_size"] // s["num_attention_heads"]
 
 
 def write_tokenizer(folder: Path, size: int) -> None:

@@ -32,7 +32,8 @@ def table(part: dict) -> str:
     where = machine["gpu"] or "no GPU"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("vllm", "torch", "vllm-flute") if name in machine)
     dry_run = " (DRY RUN: tiny shapes, no figure counts)" if part["dry_run"] else ""
-    title = f"**{part['part']}**{dry_run}: {where}, {versions}"
+    together = f"; {part['together']}" if "together" in part else ""
+    title = f"**{part['part']}**{dry_run}: {where}, {versions}{together}"
     lines = [title, "", f"| | {' | '.join([*names, 'weights, GiB'])} |", "|---" * (len(names) + 2) + "|"]
     base = variants.get("bf16", {}).get("figures", {})
     for label, variant in variants.items():

@@ -3,9 +3,10 @@
     python load_tests/gpu_serving_worker.py JOB.json
 
 The job: ``model``, ``engine`` (arguments of vllm.LLM), ``loads``, ``rounds``, ``prompts`` (texts, may be empty),
-``out`` (JSON lines are appended), ``traces`` (the engine's torch_profiler_dir, for decode loads with ``profile``). A
-figure is {"load": name, "rates": tokens per second of each round} or {"load": name, "profile": what
-gpu_serving_profile.decode_step returns}; an answer is {"prompt", "tokens", "top": [{token id: log-probability}]}.
+``out`` (JSON lines are appended), ``traces`` (the engine's torch_profiler_dir, for decode loads with ``profile``), and
+perhaps ``go``: a file that an engine waits for once it has started. A figure is {"load": name, "rates": tokens per
+second of each round} or {"load": name, "profile": what gpu_serving_profile.decode_step returns}; an answer is
+{"prompt", "tokens", "top": [{token id: log-probability}]}; the last line is {"done": true}.
 """
 
 import json
@@ -92,19 +93,23 @@ def main() -> None:
     begin = time.perf_counter()
     llm = LLM(model=job["model"], seed=0, **job["engine"])
     write({"start_seconds": time.perf_counter() - begin})
+    while "go" in job and not Path(job["go"]).exists():
+        time.sleep(0.05)
     random.seed(0)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     for line in answer(llm, job["prompts"], job["answer_tokens"]) if job["prompts"] else ():
         write(line)
     measured = {}
     for load in job["loads"]:
-        measure(llm, load, vocabulary)  # compiles and allocates
+        # Compiles and allocates.
+        measure(llm, load | ({"tokens": WARM_TOKENS} if load["kind"] == "decode" else {}), vocabulary)
         rates = measured[load["name"]] = [measure(llm, load, vocabulary) for _ in range(job["rounds"])]
         write({"load": load["name"], "rates": rates})
     for load in job["loads"]:
         if load.get("profile"):
             rate = statistics.median(measured[load["name"]])
             write({"load": load["name"], "profile": profile(llm, load, vocabulary, rate, Path(job["traces"]))})
+    write({"done": True})
 
 
 if __name__ == "__main__":

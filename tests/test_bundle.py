@@ -103,6 +103,13 @@ def test_a_pin_for_what_is_left_out_does_not_bind(bundle, wheels, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("version", "relied"), [("0.68.0", {}), ("0.65.0", {"numba": "0.65.0"})])
+def test_what_is_left_out_does_not_travel_for_its_version_on_the_host(bundle, wheels, tmp_path, version, relied):
+    root = make_wheel(tmp_path / "wheels", "vllm", "1", ["numba==0.65.0"])
+    chosen, found = bundle.resolve([root], wheels({"numba": version}))
+    assert (list(chosen), found) == (["vllm"], relied)
+
+
 def test_a_second_torch_never_travels(bundle, wheels, tmp_path):
     root = make_wheel(tmp_path / "wheels", "root", "1", ["torch==2.11.0"])
     make_wheel(tmp_path / "wheels", "torch", "2.11.0")

@@ -23,7 +23,7 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 ARCHS = ("80", "89", "90a", "100a", "120")
 SOURCES = sorted((KERNELS / "cuda").glob("*.cu"))
 # For sm_90a alone, as CMakeLists.txt has it: wgmma's instructions are in no other.
-HOPPER = sorted((KERNELS / "cuda").glob("lut_wgmma_*.cu"))
+HOPPER = sorted([*(KERNELS / "cuda").glob("lut_wgmma_*.cu"), *(KERNELS / "cuda").glob("lut_mma_bulk_*.cu")])
 MICRO = KERNELS / "benchmarks" / "gpu" / "micro.cu"
 HOT = ("lut_mma", "lut_wgmma")  # a model's every step; the others run at load, or write more than they compute
 # Where wgmma is serialised or setmaxnreg ignored, ptxas says "info : (C7510) Potential Performance Loss" and the like.

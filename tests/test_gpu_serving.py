@@ -1,5 +1,6 @@
 """The measuring command for a GPU host: variants, time, what it keeps when an engine fails, and its tables."""
 
+import argparse
 import json
 import math
 import os
@@ -59,6 +60,22 @@ def test_vllm_reads_the_peers_configurations(name, fields):
         if method:
             read = get_quantization_config(method).from_config(dict(config))
             assert {key: getattr(read, key) for key in fields} == fields
+
+
+@pytest.mark.parametrize("name", ["gptq-4-g128", "gptq-4-g128-head"])
+def test_vllm_quantizes_a_gptq_checkpoint_without_files(name, tmp_path):
+    """It takes the names of quantized layers from the checkpoint's files where config.json has none."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import is_layer_gptq_quantized
+
+    folder = write_dummy(tmp_path / "tiny", "tiny", Variant.parse(name))
+    read = get_quantization_config("gptq").from_config(Variant.parse(name).quantization_config())
+    read.maybe_update_config(str(folder))
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    for layer in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "lm_head"):
+        prefix = layer if layer == "lm_head" else f"model.layers.1.{layer}"
+        wanted = layer != "lm_head" or name.endswith("-head")
+        assert is_layer_gptq_quantized(prefix, read.modules_in_block_to_quantize, fused) == wanted
 
 
 def test_bytes_of_a_checkpoint():
@@ -146,10 +163,62 @@ def test_what_an_engine_measured_survives_its_end(part, monkeypatch, tmp_path, e
             os.kill(int(Path(f"{log.with_suffix('.jsonl')}.pid").read_text()), signal.SIG_DFL)
 
 
+# ---- engines started side by side ----
+
+STARTS = """
+import json, os, sys, time
+job = json.load(open(sys.argv[1]))
+def write(line):
+    with open(job["out"], "a") as f: print(json.dumps(line), file=f)
+name = os.path.basename(job["model"])
+if name == "fp8": sys.exit("ValueError: no such kernel")
+time.sleep({"bf16": 2, "flute-4-g64": 0, "flute-3-g64": 300}[name])
+write({"start_seconds": 1.0})
+while not os.path.exists(job["go"]): time.sleep(0.05)
+begin = time.time()
+time.sleep(1)
+for load in job["loads"]: write({"load": load["name"], "rates": [begin, time.time()]})
+write({"done": True})
+time.sleep(300)
+"""
+
+
+def options(**given):
+    return argparse.Namespace(**({"dry_run": True, "profile": (), "rounds": 1} | given))
+
+
+def test_engines_start_at_once_and_measure_one_at_a_time(part, monkeypatch, tmp_path):
+    worker, variants = tmp_path / "worker.py", ["bf16", "fp8", "flute-4-g64", "flute-3-g64"]
+    worker.write_text(STARTS)
+    monkeypatch.setattr(gpu_serving, "WORKER", worker)
+    monkeypatch.setattr(gpu_serving, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(gpu_serving, "MEASURE_SECONDS", 4)
+    part.deadline = time.monotonic() + 13
+    gpu_serving.together(part, "tiny", variants, options(), tmp_path)
+    found = on_disk(part)
+    first, second = (found[name]["figures"]["decode x1"] for name in ("bf16", "flute-4-g64"))
+    assert first[1] <= second[0] and part.left() > 0
+    assert found["fp8"]["missing"] == "ValueError: no such kernel"
+    assert found["flute-3-g64"]["missing"] == "out of time while it started"
+    assert "missing" not in found["bf16"] and "missing" not in found["flute-4-g64"]
+    assert "side by side" in gpu_serving_report.table(part.data)
+
+
+def test_engines_that_do_not_fit_the_gpu_start_in_turn():
+    names, gib = ["bf16", "flute-4-g128-head", "flute-3-g128-head", "gptq-4-g128-head"], 2**30
+    kv_cache = gpu_serving.together_options("8b", 128)["kv_cache_memory_bytes"]
+    assert 128 * 160 * 131072 < kv_cache < 4 * gib
+    assert gpu_serving.batches("8b", names, kv_cache, 79 * gib) == [names]
+    assert gpu_serving.batches("8b", names, kv_cache, 40 * gib) == [names[:2], names[2:]]
+    assert gpu_serving.batches("8b", names, kv_cache, 10 * gib) == [[name] for name in names]
+    assert gpu_serving.batches("8b", names, kv_cache, None) == [names]
+
+
 def test_the_line_that_says_why(tmp_path):
     log = tmp_path / "log"
     log.write_text(
         "INFO fine\n(EngineCore pid=1) ERROR 11-21 18:00:00 [core.py:10] vllm_flute.errors.FluteError: group size 7\n"
+        "    raise RuntimeError(\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert gpu_serving.last_error(log) == "vllm_flute.errors.FluteError: group size 7"
@@ -272,6 +341,7 @@ def run(*args) -> subprocess.CompletedProcess:
     [
         (["8b-4bit", "--variants", "int4"], "gpu_serving: 'int4': expected bf16, fp8 or"),
         (["text"], "gpu_serving: text: --model names a checkpoint, bf16 or quantized"),
+        (["8b-serve", "--together"], "gpu_serving: --together is for the parts with several engines in process"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, says):
@@ -300,3 +370,17 @@ def test_a_dry_run_measures_tiny_shapes(tmp_path):
     # Of two layers of four linears, and the head.
     assert launches["norms"] == 5 * steps and launches["activation"] == 2 * steps <= launches["attention"]
     assert step["groups"].get("other matrix products", [0, 0])[1] == 0
+
+
+@pytest.mark.e2e
+def test_a_dry_run_of_engines_side_by_side(tmp_path):
+    """Two real engines at once, without profiles."""
+    args = ("8b-4bit", "--dry-run", "--together", "--profile", "off", "--variants", "bf16,flute-4-g64-head")
+    done = run(*args, "--out", tmp_path / "out", "--logs", tmp_path / "logs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out/8b-4bit.json").read_text())
+    assert "side by side" in result["together"] and "side by side" in (tmp_path / "out/report.md").read_text()
+    for variant in result["variants"].values():
+        assert list(variant["figures"]) == ["decode x1", "decode x2", "prefill 64"] and variant["start_seconds"] > 0
+        assert "profile" not in variant and "missing" not in variant
+    assert {path.name for path in (tmp_path / "logs").glob("*.log")} == {"bf16.log", "flute-4-g64-head.log"}

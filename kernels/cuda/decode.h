@@ -28,11 +28,13 @@ constexpr FLUTE_HD int table_bytes(int bits, int row) { return table_entries(bit
 struct Normal {
   float to_table, to_weight;
 };
+// All lanes of a warp call it; each has one value of the codebook, so that memory is waited for once.
 FLUTE_DEVICE Normal normalise(const float* book, int top) {
-  uint32_t largest = 0;
-  for (int c = 0; c < 16; ++c) {
-    const uint32_t magnitude = as_bits(book[c]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
+  uint32_t largest = as_bits(book[lane_id() % 16]) & 0x7fffffff;
+  FLUTE_UNROLL
+  for (int bit = 1; bit < 16; bit *= 2) {
+    const uint32_t other = other_lane(largest, bit);
+    largest = other > largest ? other : largest;
   }
   int e = int(largest >> 23) - 127;
   if (largest == 0) e = top;
@@ -40,14 +42,13 @@ FLUTE_DEVICE Normal normalise(const float* book, int top) {
   return {as_f32(uint32_t(127 + top - e) << 23), as_f32(uint32_t(127 - top + e) << 23)};
 }
 
-// Fills the table at shared address `table` from a shard's 16 values; all threads of `threads` take part, and a barrier of
-// the caller's must follow.
+// Fills the table at shared address `table` from a shard's 16 values; all threads of `threads`, whole warps, take part, and a
+// barrier of the caller's must follow.
 template <int kBits, int kRowBytes, bool kF16>
 FLUTE_DEVICE void build_table(uint32_t table, const float* book, float to_table, int thread, int threads) {
   constexpr int kChunks = kCopyBytes / 16, kMask = (1 << kBits) - 1;
-  const auto pair = [&](int low, int high) {
-    return uint32_t(round16<kF16>(book[low] * to_table)) | uint32_t(round16<kF16>(book[high] * to_table)) << 16;
-  };
+  const uint32_t rounded = round16<kF16>(book[lane_id() % 16] * to_table);
+  const auto pair = [&](int low, int high) { return from_lane(rounded, low) | from_lane(rounded, high) << 16; };
   FLUTE_ROLLED
   for (int i = thread; i < table_entries(kBits) * kChunks; i += threads) {
     const int entry = i / kChunks;

@@ -44,22 +44,9 @@ FLUTE_DEVICE void silu_mul_octet(const uint16_t* gate, const uint16_t* up, uint1
   store_global(out, product);
 }
 
-// After a tile of at most kRows x kTokens of y was written, from `row` of its half and `token` on, by all kThreads threads of a
-// CTA, which call this. sync() is their barrier, `flag` the shared address of a word of theirs.
-template <bool kF16, int kRows, int kTokens, int kThreads, class Sync>
-FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspace, uint32_t tile, int row, int token, int thread,
-                              uint32_t flag, const Sync& sync) {
-  threadfence();
-  sync();
-  if (thread == 0) {  // the counters' second half is the pairs', zero again after every call as the first
-    unsigned* const counter = static_cast<unsigned*>(workspace) + kGateCounters + tile % gate.pairs;
-    const bool second = atomic_add(counter, 1) == 1;
-    if (second) *counter = 0;  // for the next call
-    sts32(flag, second);
-  }
-  sync();
-  if (!lds32(flag)) return;
-  threadfence();
+// Of y, the tile of at most kRows x kTokens from `row` of its halves and `token` on: all kThreads threads of a CTA multiply it.
+template <bool kF16, int kRows, int kTokens, int kThreads>
+FLUTE_DEVICE void multiply_pair_of_tiles(const GateCall& gate, const void* y, int row, int token, int thread) {
   const int rows = gate.half - row < kRows ? gate.half - row : kRows, octets = rows / 8;
   const int tokens = gate.m - token < kTokens ? gate.m - token : kTokens;
   const uint16_t* const in = static_cast<const uint16_t*>(y) + int64_t(token) * gate.half * 2 + row;
@@ -70,6 +57,28 @@ FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspa
     const int r = i % octets * 8;
     silu_mul_octet<kF16>(in + t * gate.half * 2 + r, in + t * gate.half * 2 + gate.half + r, out + t * gate.half + r);
   }
+}
+
+// Whether a tile, which its CTA has written, is the second of its pair; one thread calls it, for all that a barrier has before
+// it and another after it. The counters' second half is the pairs', zero again after every call as the first.
+FLUTE_DEVICE bool second_of_pair(const GateCall& gate, void* workspace, uint32_t tile) {
+  threadfence();
+  unsigned* const counter = static_cast<unsigned*>(workspace) + kGateCounters + tile % gate.pairs;
+  const bool second = atomic_add(counter, 1) == 1;
+  if (second) *counter = 0;  // for the next call
+  threadfence();
+  return second;
+}
+
+// After a tile of y was written, all kThreads threads of a CTA call this. sync() is their barrier, `flag` the shared address
+// of a word of theirs.
+template <bool kF16, int kRows, int kTokens, int kThreads, class Sync>
+FLUTE_DEVICE void finish_pair(const GateCall& gate, const void* y, void* workspace, uint32_t tile, int row, int token, int thread,
+                              uint32_t flag, const Sync& sync) {
+  sync();
+  if (thread == 0) sts32(flag, second_of_pair(gate, workspace, tile));
+  sync();
+  if (lds32(flag)) multiply_pair_of_tiles<kF16, kRows, kTokens, kThreads>(gate, y, row, token, thread);
 }
 
 }  // namespace flute::cuda

@@ -42,6 +42,12 @@ constexpr int kScaleRowBytes = kStripRows * 2;
 
 constexpr FLUTE_HD int64_t block_bytes(int bits) { return int64_t(bits) * kVectorBytes; }
 
+struct Shard {
+  int32_t first_strip, strips, first_row, rows;
+};
+// Shards that a kernel's parameters name: who has to read the packed tensor's table waits for memory before the first load.
+constexpr int kNamedShards = 4;
+
 // A layer's weights, as a valid header explains them. Plain data: a kernel parameter.
 struct Packed {
   int bits;
@@ -49,14 +55,12 @@ struct Packed {
   int group_size, groups;
   int n, k;
   int n_shards, strips, blocks;  // strips of all shards; blocks of one strip
+  int strip_pairs;               // of all shards, one strip where a shard's last has no other
   int64_t scales_offset, codes_offset, bytes;
+  Shard named[kNamedShards];  // the first of them
 };
 
-struct Shard {
-  int32_t first_strip, strips, first_row, rows;
-};
-
-// Fills everything but the shards' table from what a header says. Rows of each shard are positive.
+// Fills everything but the packed tensor's table from what a header says. Rows of each shard are positive.
 inline Packed describe(int bits, int scale_f16, int64_t group_size, int64_t k, const int64_t* rows, int64_t n_shards) {
   Packed p{};
   p.bits = bits;
@@ -67,8 +71,11 @@ inline Packed describe(int bits, int scale_f16, int64_t group_size, int64_t k, c
   p.n_shards = int(n_shards);
   p.blocks = int((k + kBlockInputs - 1) / kBlockInputs);
   for (int64_t s = 0; s < n_shards; ++s) {
+    const int strips = int((rows[s] + kStripRows - 1) / kStripRows);
+    if (s < kNamedShards) p.named[s] = {p.strips, strips, p.n, int32_t(rows[s])};
     p.n += int(rows[s]);
-    p.strips += int((rows[s] + kStripRows - 1) / kStripRows);
+    p.strips += strips;
+    p.strip_pairs += (strips + 1) / 2;
   }
   p.scales_offset = (n_shards * int64_t(16 * sizeof(float) + sizeof(Shard)) + 127) / 128 * 128;
   p.codes_offset = p.scales_offset + int64_t(p.strips) * p.groups * kScaleRowBytes;
@@ -79,6 +86,9 @@ inline Packed describe(int bits, int scale_f16, int64_t group_size, int64_t k, c
 FLUTE_HD inline const float* books(const uint8_t* packed) { return reinterpret_cast<const float*>(packed); }
 FLUTE_HD inline const Shard* shards(const Packed& p, const uint8_t* packed) {
   return reinterpret_cast<const Shard*>(packed + p.n_shards * int64_t(16 * sizeof(float)));
+}
+FLUTE_HD inline Shard shard_of(const Packed& p, const uint8_t* packed, int s) {
+  return s < kNamedShards ? p.named[s] : shards(p, packed)[s];
 }
 FLUTE_HD inline const uint8_t* block_codes(const Packed& p, const uint8_t* packed, int64_t strip, int64_t block) {
   return packed + p.codes_offset + (strip * p.blocks + block) * block_bytes(p.bits);

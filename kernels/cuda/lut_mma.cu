@@ -3,6 +3,20 @@
 
 namespace flute::cuda {
 
+#ifdef FLUTE_SM90A
+template <int kBits>
+const char* run_mma_bulk_bits(const Gemm& call, int group_shift);  // lut_mma_bulk_<kBits>.cu
+
+// Bulk copies want Hopper and whole blocks of inputs, and pay where a few tokens wait for weights.
+bool takes_bulk(const Gemm& call) {
+  return call.device.arch == 90 && call.m <= 8 && call.w.k % kBlockInputs == 0 && call.device.shared_bytes >= 200 * 1024;
+}
+const char* run_bulk(const Gemm& call, int group_shift) {
+  if (call.w.bits == 2) return run_mma_bulk_bits<2>(call, group_shift);
+  return call.w.bits == 3 ? run_mma_bulk_bits<3>(call, group_shift) : run_mma_bulk_bits<4>(call, group_shift);
+}
+#endif
+
 size_t workspace_bytes(const Device& device) {
   const size_t slots = device.arch == 90 && kWgmmaSlotBytes > kMmaSlotBytes ? kWgmmaSlotBytes : kMmaSlotBytes;
   return kCounterBytes + size_t(device.sms) * slots;
@@ -21,6 +35,9 @@ const char* run_mma(const Gemm& call) {
   }
   if (const char* error = check_gate(call)) return error;
   if (call.m == 0) return nullptr;
+#ifdef FLUTE_SM90A
+  if (call.w.bits >= 2 && call.w.bits <= 4 && takes_bulk(call)) return run_bulk(call, shift);
+#endif
   switch (call.w.bits) {
     case 2: return run_mma_bits<2>(call, shift);
     case 3: return run_mma_bits<3>(call, shift);

@@ -79,23 +79,22 @@ struct MmaPlace {
   int first_row, rows;  // of y, of this tile
 };
 
-FLUTE_DEVICE Shard shard_at(const MmaParameters& p, int s) {
-  return p.w.n_shards == 1 ? Shard{0, p.w.strips, 0, p.w.n} : shards(p.w, p.packed)[s];
-}
-template <class Tile>
-FLUTE_DEVICE uint32_t count_tiles(const MmaParameters& p) {
+template <class Tile, class Parameters>
+FLUTE_DEVICE uint32_t count_tiles(const Parameters& p) {
   uint32_t row_tiles = 0;
   FLUTE_ROLLED
-  for (int s = 0; s < p.w.n_shards; ++s) row_tiles += (shard_at(p, s).strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
+  for (int s = 0; s < p.w.n_shards; ++s) {
+    row_tiles += (shard_of(p.w, p.packed, s).strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
+  }
   return row_tiles * p.token_tiles;
 }
-template <class Tile>
-FLUTE_DEVICE MmaPlace locate(const MmaParameters& p, uint32_t tile) {
+template <class Tile, class Parameters>
+FLUTE_DEVICE MmaPlace locate(const Parameters& p, uint32_t tile) {
   int row_tile = int(tile / uint32_t(p.token_tiles));
   const int token = int(tile % uint32_t(p.token_tiles)) * Tile::kTokens;
   FLUTE_ROLLED
   for (int s = 0;; ++s) {
-    const Shard h = shard_at(p, s);
+    const Shard h = shard_of(p.w, p.packed, s);
     const int tiles = (h.strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
     if (row_tile >= tiles) {
       row_tile -= tiles;
@@ -106,7 +105,8 @@ FLUTE_DEVICE MmaPlace locate(const MmaParameters& p, uint32_t tile) {
             h.rows - strip * kStripRows};
   }
 }
-FLUTE_DEVICE int group_of(const MmaParameters& p, int input) {
+template <class Parameters>
+FLUTE_DEVICE int group_of(const Parameters& p, int input) {
   const int group = input >> p.group_shift;
   return group < p.w.groups ? group : p.w.groups - 1;
 }
@@ -169,53 +169,42 @@ struct MmaLoader {
   }
 };
 
-// Adds the products of one block to a warp's sums. acc[u][t] are C's registers of unit u and tokens 8t .. 8t + 7. With
-// kSmallGroups scales change within the block.
-template <int kBits, bool kF16, class Tile, bool kSmallGroups>
-FLUTE_DEVICE void multiply_block(const MmaParameters& p, uint32_t table, float to_weight, uint32_t stage, int row_warp,
-                                 int input_warp, int slice, float (&acc)[4][Tile::kTokenTiles][4]) {
+// Adds the products of one block to a warp's sums. acc[u][t] are C's registers of unit u and tokens 8t .. 8t + 7; `block`
+// is where its codes are, load_x(b) gives B's registers of all steps, b[t][s / 2][s % 2 * 2] and the next, scales_of(s) where
+// the lane's eight scales of step s are. With kSmallGroups these change within the block.
+template <int kBits, int kRowBytes, bool kF16, bool kSmallGroups, int kTokenTiles, class LoadX, class ScalesOf>
+FLUTE_DEVICE void multiply_block(uint32_t table, float to_weight, int scale_f16, uint32_t block, const LoadX& load_x,
+                                 const ScalesOf& scales_of, float (&acc)[4][kTokenTiles][4]) {
   const int lane = lane_id();
   const uint32_t copy = lane_copy<kBits>(lane);
   uint32_t codes[4 * kBits];
-  const uint32_t block = stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits)) + lane * 16;
   FLUTE_UNROLL
   for (int v = 0; v < kBits; ++v) {
-    const Words4 four = lds128(block + v * kVectorBytes);
+    const Words4 four = lds128(block + v * kVectorBytes + lane * 16);
     FLUTE_UNROLL
     for (int i = 0; i < 4; ++i) codes[4 * v + i] = four.w[i];
   }
-
-  stage += codes_bytes<kBits, Tile>();
-  uint32_t b[Tile::kTokenTiles][2][4];  // [t][s / 2]: B's registers of step s and of the next
-  const uint32_t x = stage + lane % 8 * Tile::kXRowBytes + input_warp * (kBlockInputs * 2) + lane / 8 * 16;
-  FLUTE_UNROLL
-  for (int t = 0; t < Tile::kTokenTiles; ++t) {
-    ldmatrix4(x + t * 8 * Tile::kXRowBytes, b[t][0]);
-    ldmatrix4(x + t * 8 * Tile::kXRowBytes + 64, b[t][1]);
-  }
-
-  const int input = (slice * Tile::kInputWarps + input_warp) * kBlockInputs, first_group = group_of(p, slice * Tile::kInputs);
-  const uint32_t scales = stage + Tile::kXBytes + row_warp * p.scale_rows * kScaleRowBytes + lane / 4 * 16;
+  uint32_t b[kTokenTiles][2][4];
+  load_x(b);
   FLUTE_UNROLL
   for (int u = 0; u < 4; ++u) {
-    float sum[Tile::kTokenTiles][4] = {};
+    float sum[kTokenTiles][4] = {};
     FLUTE_UNROLL
     for (int s = 0; s < 4; ++s) {
       uint32_t a[4];
-      fragment<kBits, mma_row(kBits)>(table, copy, codes, u, s, a);
+      fragment<kBits, kRowBytes>(table, copy, codes, u, s, a);
       FLUTE_UNROLL
-      for (int t = 0; t < Tile::kTokenTiles; ++t) mma<kF16>(sum[t], a, b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
+      for (int t = 0; t < kTokenTiles; ++t) mma<kF16>(sum[t], a, b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
       if (!kSmallGroups && s < 3) continue;
-      const int group = group_of(p, input + (kSmallGroups ? s * kStepInputs : 0));
-      const uint32_t pair = lds32(scales + (group - first_group) * kScaleRowBytes + u * 4);
+      const uint32_t pair = lds32(scales_of(kSmallGroups ? s : 0) + u * 4);
       float scale[2];
       FLUTE_UNROLL
       for (int i = 0; i < 2; ++i) {
         const uint16_t h = uint16_t(pair >> 16 * i);
-        scale[i] = (p.w.scale_f16 ? widen16<true>(h) : widen16<false>(h)) * to_weight;
+        scale[i] = (scale_f16 ? widen16<true>(h) : widen16<false>(h)) * to_weight;
       }
       FLUTE_UNROLL
-      for (int t = 0; t < Tile::kTokenTiles; ++t) {
+      for (int t = 0; t < kTokenTiles; ++t) {
         FLUTE_UNROLL
         for (int i = 0; i < 4; ++i) {
           acc[u][t][i] += scale[i / 2] * sum[t][i];
@@ -264,8 +253,8 @@ FLUTE_DEVICE void add_input_warps(uint32_t buffer, int thread, const float (&acc
   }
 }
 
-template <bool kF16, class Tile>
-FLUTE_DEVICE void write_tile(const MmaParameters& p, const MmaPlace& at, int thread, const float (&own)[Tile::kValues]) {
+template <bool kF16, class Tile, class Parameters>
+FLUTE_DEVICE void write_tile(const Parameters& p, const MmaPlace& at, int thread, const float (&own)[Tile::kValues]) {
   const int lane = thread % 32, warp = thread / 32;
   const int first = warp / Tile::kInputWarps * kStripRows + warp % Tile::kInputWarps * Tile::kUnits * kUnitRows + lane / 4;
   FLUTE_UNROLL
@@ -331,18 +320,37 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
       stage = stage == last_stage ? first_stage : stage + p.stage_bytes;
       const int slice = int(item - tile * slices);
       if (!active || slice * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
+      const uint32_t codes = stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits));
+      const uint32_t x = stage + codes_bytes<kBits, Tile>();
+      const auto load_x = [&](uint32_t(&b)[Tile::kTokenTiles][2][4]) {
+        const int lane = lane_id();
+        const uint32_t first = x + lane % 8 * Tile::kXRowBytes + input_warp * (kBlockInputs * 2) + lane / 8 * 16;
+        FLUTE_UNROLL
+        for (int t = 0; t < Tile::kTokenTiles; ++t) {
+          ldmatrix4(first + t * 8 * Tile::kXRowBytes, b[t][0]);
+          ldmatrix4(first + t * 8 * Tile::kXRowBytes + 64, b[t][1]);
+        }
+      };
+      const uint32_t scales = x + Tile::kXBytes + row_warp * p.scale_rows * kScaleRowBytes + lane_id() / 4 * 16;
+      const int first_group = group_of(p, slice * Tile::kInputs);
+      const auto scales_of = [&](int s) {
+        const int input = (slice * Tile::kInputWarps + input_warp) * kBlockInputs + s * kStepInputs;
+        return scales + (group_of(p, input) - first_group) * kScaleRowBytes;
+      };
       if (p.group_shift < 6) {  // 64 inputs, a block
-        multiply_block<kBits, kF16, Tile, true>(p, table, to_weight, stage, row_warp, input_warp, slice, acc);
+        multiply_block<kBits, mma_row(kBits), kF16, true>(table, to_weight, p.w.scale_f16, codes, load_x, scales_of, acc);
       } else {
-        multiply_block<kBits, kF16, Tile, false>(p, table, to_weight, stage, row_warp, input_warp, slice, acc);
+        multiply_block<kBits, mma_row(kBits), kF16, false>(table, to_weight, p.w.scale_f16, codes, load_x, scales_of, acc);
       }
     }
     static_assert(codes_bytes<kBits, Tile>() + Tile::kXBytes >= kMmaWarps * Tile::kUnitBytes, "sums pass through the last stage");
     float own[Tile::kValues];
     const int writer = fresh_thread_id();
     add_input_warps<Tile>(stage, writer, acc, own);
-    if (combine<kMmaThreads>(work, p.workspace, cta, tile, writer, flag, own, [] { barrier(); })) {
-      at = locate<Tile>(p, tile);  // again: it would cost registers to keep
+    // What is computed again here would cost registers to keep.
+    const Work same = share_work(count_tiles<Tile>(p), p.slices, uint32_t(cta_count()));
+    if (combine<kMmaThreads>(same, p.workspace, uint32_t(cta_id()), tile, writer, flag, own, [] { barrier(); })) {
+      at = locate<Tile>(p, tile);
       write_tile<kF16, Tile>(p, at, writer, own);
       if (!p.gate.out) continue;
       finish_pair<kF16, Tile::kRowWarps * kStripRows, Tile::kTokens, kMmaThreads>(

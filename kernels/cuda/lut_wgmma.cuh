@@ -1,29 +1,39 @@
 // y = x W^T by wgmma (sm_90a), for more tokens than mma.sync can serve without being bound by it. W is the left operand, from
 // registers, where codes become weights; x is the right one, from shared memory.
 //
-// A CTA computes tiles of 256 rows (4 strips of one shard) x 64 or 128 tokens. One warp brings blocks of 64 inputs by bulk
-// copies through a ring of stages; two warpgroups compute 128 rows each, as two wgmma of 64: a warp has half a strip, unit
-// 0 of it in the one and unit 1 in the other. While two steps of 16 inputs are multiplied, the next one's codes are looked up.
+// A CTA computes tiles of 256 or 128 rows (4 or 2 strips of one shard) x 16, 32, 64 or 128 tokens. One warp brings blocks of 64
+// inputs by bulk copies through a ring of stages. Up to 64 tokens there are four warpgroups of consumers, of a strip each: a
+// warp looks up its 16 rows of a whole block while the last block's are multiplied. A tile of two strips has two teams of
+// warpgroups, which take turns at blocks and add up at the end. The sums of 128 tokens leave registers for two warpgroups only,
+// of two strips each: a warp has units 0 and 1, or 2 and 3, of a strip, and looks up one step of 16 inputs while others are
+// multiplied.
+//
+// Two warpgroups cannot hide how long lookups, products and wgmma take one after another: with them a block of 256 rows x 64
+// tokens took 1290 cycles of an H100 (measured), of which its schedulers had nothing to issue in two thirds. And the last CTA of
+// a tile that many share reads all their sums alone, about 64 bytes a cycle: with tiles of 256 x 64 that was the larger part of
+// the 12 us that a layer took whatever its size (measured). Reckoned, for N = 4096 on 132 multiprocessors, 32 tokens: 8 parts of
+// 32 KiB in tiles of 256 rows, 4096 cycles; 4 parts of 16 KiB in tiles of 128, 1024, and 260 for the two teams' sums. Tiles of
+// 64 rows would save 600 more, but read 128 KiB of x a CTA instead of 64, at 64 bytes a cycle at best.
 //
 // Sums stay in the tensor cores' registers over all of K, so that groups' scales cannot be applied to them: weights are
 // scaled in 16 bits (each value of the codebook, its scale and their product are rounded, as in a dense layer of x's type
 // that was dequantized in it). Scaling in fp32 would take five instructions a pair of weights instead of one (two to widen, two
 // products, one to round): at 64 tokens, more issue slots than wgmma leaves.
 //
-// What a block of 64 inputs takes of a CTA's 256 rows, in cycles of a multiprocessor, with instructions counted in the SASS of
-// nvcc 13.0 (bf16, groups of 64 and more). Assumed, not measured: an H200's 989 dense TFLOP/s at 1.83 GHz are 4096
-// operations a cycle, so wgmma of 64 x 64 x 16 takes 32; shared memory serves 128 bytes a cycle, to wgmma as well, which
-// reads its x anew each time; each of four schedulers issues one instruction a cycle, for two of the eight warps.
+// What a block of 64 inputs takes of 256 rows, in cycles of a multiprocessor, with instructions counted in the SASS of nvcc
+// 13.0 (bf16, groups of 64 and more). Assumed, not measured: 989 dense TFLOP/s at 1.83 GHz are 4096 operations a cycle, so
+// wgmma of 64 x 64 x 16 takes 32; shared memory serves 128 bytes a cycle, to wgmma as well, which reads its x anew each time;
+// each of four schedulers issues one instruction a cycle. HBM is an H100's 2977 GB/s (measured, a copy) at 1.85 GHz.
 //
-//            a warp's instructions: all, permutes, lookups, products | issue | shared memory |     wgmma | HBM, 4.8 TB/s
-//   4 bits                          170        32   32 LDS       32  |   340 |     716, 1036 | 512, 1024 |           425
-//   3 bits                          197        32   32 LDS       32  |   394 |     700, 1020 | 512, 1024 |           322
-//   2 bits                          134        16   16 LDS.64    32  |   268 |     652,  972 | 512, 1024 |           219
+//            a warp's instructions: all, permutes, lookups, products | issue | shared memory: 16, 32, 64 tokens | 128 | HBM
+//   4 bits                    112 (189)      16   16 LDS        16   |   448 |                  484, 564, 724   | 1036 | 693
+//   3 bits                    128 (216)      16   16 LDS        16   |   512 |                  532, 612, 772   | 1020 | 525
+//   2 bits                     96 (155)       8    8 LDS.64     16   |   384 |                  452, 532, 692   |  972 | 357
 //
-// Shared memory and wgmma are for tiles of 64 and of 128 tokens; HBM for groups of 128. Of the 716, lookups are 256, codes and
-// scales 72, x as wgmma reads it 256, the copies into the ring 132. So at 64 tokens shared memory bounds this kernel, at 128
-// tokens so do the tensor cores, and 16-bit weights would take 1650 cycles of HBM for the same block. Groups of 16 and 32
-// take 60 instructions more.
+// In parentheses a warp's of tiles of 128 tokens, of which there are half as many, with twice the permutes, lookups and products.
+// HBM is for groups of 128; wgmma takes 8 cycles a token, up to 1024. Of the 564, lookups are 256, codes and scales 80, x as
+// wgmma reads it 128, the copies into the ring 100; tiles of two strips copy x twice, which is 16, 32 and 64 more, and a warp
+// has 6 instructions more. Groups of 16 and 32 take 45 instructions more (67 with 128 tokens).
 #pragma once
 
 #include <cstdint>
@@ -36,15 +46,36 @@
 
 namespace flute::cuda {
 
-constexpr int kTileStrips = 4, kWarpRows = 32, kSteps = kBlockInputs / kStepInputs;
-constexpr int kConsumers = 256, kWgmmaThreads = kConsumers + 128;
-// At launch a thread has 65536 / 384 registers, rounded down to a multiple of 8: 168. The sum must stay.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-static_assert(128 * kProducerRegisters + kConsumers * kConsumerRegisters <= kWgmmaThreads * 168, "setmaxnreg would wait forever");
-constexpr int kAhead = 2;  // groups of wgmma under way while the next fragments are looked up
+constexpr int kSteps = kBlockInputs / kStepInputs, kStripUnits = kStripRows / kUnitRows;
 constexpr int kConsumerBarrier = 1;
 constexpr int kTileAlign = 1024;  // of what the 128-byte swizzle is applied to
-constexpr int kWgmmaStages = 16;  // at most, for the barriers; 6 to 12 fit beside the table
+constexpr int kWgmmaStages = 16;  // at most, for the barriers
+
+// How a CTA's tile of kStrips strips of one shard and kTokens tokens is divided. A warpgroup has kUnits strips: each of its
+// warps has as many units of 16 rows, and each unit is one wgmma a step.
+template <int kTokensOf, int kStripsOf>
+struct WgmmaTile {
+  static constexpr int kTokens = kTokensOf, kStrips = kStripsOf, kRows = kStrips * kStripRows;
+  static constexpr bool kFew = kTokens <= 64;
+  static constexpr int kUnits = kFew ? 1 : 2, kWarpgroups = kFew ? 4 : 2;
+  // Warpgroups beyond what the strips take are further teams: they compute the same rows from every other block of inputs, and
+  // at a part's end each team has the sums of its share of the tokens.
+  static constexpr int kTeamThreads = kStrips / kUnits * 128, kConsumers = kWarpgroups * 128, kTeams = kConsumers / kTeamThreads;
+  static constexpr int kOctets = kTokens / 8 / kTeams, kValues = kUnits * kOctets * 4;  // a thread's at the end
+  static_assert(kTeams <= 2, "two sums add up alike in both orders");
+  // Steps whose codes are looked up together, and groups of wgmma that may be under way when weights go to the registers of
+  // the next.
+  static constexpr int kChain = kFew ? kSteps : 1, kGroups = kSteps / kChain, kAhead = kFew ? 0 : 2;
+  static_assert(kAhead < kGroups, "a fragment's registers are written again after kGroups groups");
+  // The stage that a team's last block came from is empty once its next one is looked up, which must be there by then. Between
+  // two barriers of all consumers a stage is one team's: another would not know which of two earlier phases a parity means.
+  static constexpr int kLeastStages = 2 * kTeams;
+  // At launch a thread has 65536 / kThreads registers, rounded down to a multiple of 8: 96 or 168. The sum must stay.
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kProducerRegisters = kFew ? 32 : 40, kConsumerRegisters = kFew ? 112 : 232;
+  static_assert(128 * kProducerRegisters + kConsumers * kConsumerRegisters <= kThreads * (65536 / kThreads / 8 * 8),
+                "setmaxnreg would wait forever");
+};
 
 struct WgmmaCall {
   TensorMap x;
@@ -62,25 +93,29 @@ FLUTE_HD inline int block_groups(const Packed& w) {
   return w.groups > 1 && w.group_size < kBlockInputs ? kBlockInputs / w.group_size : 1;
 }
 
-// Shared memory from its base: the table, then the stages (x, codes, scales), what consumers write y through, the flag of
-// combine(), and for each stage a barrier that it is full and one that it is empty.
-template <int kBits, int kTokens>
+// Shared memory from its base: the table, then the stages (x, codes, scales), what consumers write y through and exchange sums
+// through, the flag of combine(), and for each stage a barrier that it is full and one that it is empty.
+template <int kBits, class Tile>
 struct WgmmaShared {
   static constexpr int kTable = table_bytes(kBits, kWideRow);
-  static constexpr int kX = kTokens * kBlockInputs * 2, kStripCodes = kBits * kVectorBytes, kCodes = kTileStrips * kStripCodes;
-  static constexpr int kWarpOut = 2 * 8 * kWarpRows * 2;  // 8 tokens of a warp's rows, twice
-  static constexpr int kOut = kConsumers / 32 * kWarpOut, kFlag = 16, kBarriers = 2 * kWgmmaStages * 8;
+  static constexpr int kX = Tile::kTokens * kBlockInputs * 2;
+  static constexpr int kStripCodes = kBits * kVectorBytes, kCodes = Tile::kStrips * kStripCodes;
+  static constexpr int kWarpOut = 2 * 32 * 16;  // 16 bytes a lane, twice
+  static constexpr int kOut = Tile::kConsumers / 32 * kWarpOut, kFlag = 16, kBarriers = 2 * kWgmmaStages * 8;
+  static constexpr int kExchange = Tile::kTeams > 1 ? Tile::kConsumers * Tile::kValues * int(sizeof(float)) : 0;
   static_assert(kTable % kTileAlign == 0 && kX % kTileAlign == 0, "x tiles are aligned");
 
   static FLUTE_HD int stage_bytes(int groups) {
-    return (kX + kCodes + kTileStrips * groups * kScaleRowBytes + kTileAlign - 1) / kTileAlign * kTileAlign;
+    return (kX + kCodes + Tile::kStrips * groups * kScaleRowBytes + kTileAlign - 1) / kTileAlign * kTileAlign;
   }
-  static int bytes(int stages, int groups) { return kTable + stages * stage_bytes(groups) + kOut + kFlag + kBarriers; }
+  static int bytes(int stages, int groups) {
+    return kTable + stages * stage_bytes(groups) + kOut + kExchange + kFlag + kBarriers;
+  }
 
-  uint32_t table, stage, stage_size, out, flag, full, empty;
+  uint32_t table, stage, stage_size, out, exchange, flag, full, empty;
   FLUTE_DEVICE WgmmaShared(int stages, int groups)
       : table(shared_base()), stage(table + kTable), stage_size(uint32_t(stage_bytes(groups))), out(stage + stages * stage_size),
-        flag(out + kOut), full(flag + kFlag), empty(full + kWgmmaStages * 8) {}
+        exchange(out + kOut), flag(exchange + kExchange), full(flag + kFlag), empty(full + kWgmmaStages * 8) {}
   FLUTE_DEVICE uint32_t x(int i) const { return stage + i * stage_size; }
   FLUTE_DEVICE uint32_t codes(int i, int strip) const { return x(i) + kX + strip * kStripCodes; }
   FLUTE_DEVICE uint32_t scales(int i, int strip, int groups) const {
@@ -107,17 +142,17 @@ struct Part {
   Shard shard;
 };
 
-FLUTE_DEVICE Shard shard_at(const WgmmaCall& call, int s) {
-  return call.w.n_shards == 1 ? Shard{0, call.w.strips, 0, call.w.n} : shards(call.w, call.packed)[s];
+template <class Tile>
+FLUTE_HD inline uint32_t shard_tiles(const Shard& s) {
+  return uint32_t(s.strips + Tile::kStrips - 1) / Tile::kStrips;
 }
-FLUTE_HD inline uint32_t shard_tiles(const Shard& s) { return uint32_t(s.strips + kTileStrips - 1) / kTileStrips; }
 
 // Calls part(p) for what this CTA has to do, in order. Tiles of the same rows follow each other, so that L2 has their weights.
-template <int kTokens, class F>
+template <class Tile, class F>
 FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
-  const uint32_t token_tiles = uint32_t(call.m + kTokens - 1) / kTokens;
+  const uint32_t token_tiles = uint32_t(call.m + Tile::kTokens - 1) / Tile::kTokens;
   uint32_t row_tiles = 0;
-  for (int s = 0; s < call.w.n_shards; ++s) row_tiles += shard_tiles(shard_at(call, s));
+  for (int s = 0; s < call.w.n_shards; ++s) row_tiles += shard_tiles<Tile>(shard_of(call.w, call.packed, s));
   const uint32_t tiles = row_tiles * token_tiles, blocks = uint32_t(call.w.blocks);
   // Where it leaves less than a tenth of the CTAs idle, tiles are cut into equal parts, each one CTA's: no CTA then has two
   // partial tiles to write, and fewer are read again.
@@ -133,28 +168,28 @@ FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
     p.begin = item % work.slices;
     p.end = p.begin + (last - item) < work.slices ? p.begin + (last - item) : work.slices;
     item += p.end - p.begin;
-    p.token = int(p.tile % token_tiles) * kTokens;
+    p.token = int(p.tile % token_tiles) * Tile::kTokens;
     uint32_t row_tile = p.tile / token_tiles;
-    p.shard = shard_at(call, 0);
+    p.shard = shard_of(call.w, call.packed, 0);
     p.shard_index = 0;
-    while (row_tile >= shard_tiles(p.shard)) {
-      row_tile -= shard_tiles(p.shard);
-      p.shard = shard_at(call, ++p.shard_index);
+    while (row_tile >= shard_tiles<Tile>(p.shard)) {
+      row_tile -= shard_tiles<Tile>(p.shard);
+      p.shard = shard_of(call.w, call.packed, ++p.shard_index);
     }
-    p.strip = int(row_tile) * kTileStrips;  // of the shard
-    p.strips = p.shard.strips - p.strip < kTileStrips ? p.shard.strips - p.strip : kTileStrips;
+    p.strip = int(row_tile) * Tile::kStrips;  // of the shard
+    p.strips = p.shard.strips - p.strip < Tile::kStrips ? p.shard.strips - p.strip : Tile::kStrips;
     part(work, p);
   }
 }
 
-template <int kBits, int kTokens>
-FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, kTokens>& at) {
-  using At = WgmmaShared<kBits, kTokens>;
+template <int kBits, class Tile>
+FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, Tile>& at) {
+  using At = WgmmaShared<kBits, Tile>;
   const int groups = block_groups(call.w);
   const uint32_t codes_of_strip = uint32_t(call.w.blocks) * At::kStripCodes;
   const uint32_t scales_of_strip = uint32_t(call.w.groups) * kScaleRowBytes;
   Ring ring(call.stages);
-  for_parts<kTokens>(call, [&](const Work&, const Part& p) {
+  for_parts<Tile>(call, [&](const Work&, const Part& p) {
     const int64_t strip = p.shard.first_strip + p.strip;
     const uint8_t* codes = block_codes(call.w, call.packed, strip, p.begin);
     const uint8_t* const scales = reinterpret_cast<const uint8_t*>(strip_scales(call.w, call.packed, strip, 0));
@@ -174,29 +209,36 @@ FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, kToken
   });
 }
 
-// What a lane decodes of a block: its codes of the two units that are this half of a strip, as unit 0 and 1 of fragment().
-template <int kBits>
-FLUTE_DEVICE void load_codes(uint32_t codes, int half, int lane, uint32_t (&words)[4 * kBits]) {
-  constexpr int kVectors = kBits == 4 ? 2 : 1;  // of four or lower two bits
-  FLUTE_UNROLL
-  for (int v = 0; v < kVectors; ++v) {
-    const Words4 four = lds128(codes + (half * kVectors + v) * kVectorBytes + lane * 16);
+// What a lane decodes of a block: its codes of kUnits units from `unit` on, as unit 0 (and 1) of fragment().
+template <int kBits, int kUnits>
+FLUTE_DEVICE void load_codes(uint32_t codes, int unit, int lane, uint32_t (&words)[4 * kBits]) {
+  const uint32_t mine = codes + lane * 16;
+  const auto take = [&](int to, const auto& from) {
     FLUTE_UNROLL
-    for (int i = 0; i < 4; ++i) words[4 * v + i] = four.w[i];
-  }
-  if constexpr (kBits == 3) {
-    const Words2 upper = lds64(codes + 2 * kVectorBytes + lane * 16 + half * 8);
-    words[8] = upper.w[0];
-    words[9] = upper.w[1];
+    for (int i = 0; i < int(sizeof from.w / 4); ++i) words[to + i] = from.w[i];
+  };
+  if constexpr (kBits == 4) {  // a vector a unit
+    FLUTE_UNROLL
+    for (int u = 0; u < kUnits; ++u) take(4 * u, lds128(mine + (unit + u) * kVectorBytes));
+  } else {  // of the lower two bits a vector is two units
+    const uint32_t lower = mine + unit / 2 * kVectorBytes, upper = mine + 2 * kVectorBytes + unit * 4;
+    if constexpr (kUnits == 2) take(0, lds128(lower));
+    else take(0, lds64(lower + unit % 2 * 8));
+    if constexpr (kBits == 3 && kUnits == 2) take(8, lds64(upper));
+    if constexpr (kBits == 3 && kUnits == 1) words[8] = lds32(upper);
   }
 }
 
-// The scales of a lane's four rows, each twice: {unit 0: row, row + 8}, {unit 1: row, row + 8}.
-template <bool kF16>
-FLUTE_DEVICE void load_scales(uint32_t row, int half, int lane, bool stored_f16, float to_weight, uint32_t (&scales)[4]) {
-  const Words2 stored = lds64(row + lane / 4 * 16 + half * 8);
+// The scales of a lane's rows, each twice: {unit 0: row, row + 8}, {unit 1: row, row + 8}.
+template <bool kF16, int kUnits>
+FLUTE_DEVICE void load_scales(uint32_t row, int unit, int lane, bool stored_f16, float to_weight,
+                              uint32_t (&scales)[2 * kUnits]) {
+  const uint32_t from = row + lane / 4 * 16 + unit * 4;
+  Words2 stored;
+  if constexpr (kUnits == 2) stored = lds64(from);
+  else stored.w[0] = lds32(from);
   FLUTE_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 2 * kUnits; ++i) {
     const uint16_t h = uint16_t(stored.w[i / 2] >> i % 2 * 16);
     const float scale = (stored_f16 ? widen16<true>(h) : widen16<false>(h)) * to_weight;
     scales[i] = round_pair<kF16>(scale, scale);
@@ -210,37 +252,73 @@ FLUTE_DEVICE uint64_t describe_x(uint32_t x) {
 }
 constexpr int kStepDescriptor = kStepInputs * 2 >> 4;
 
-// Writes a warp's 32 rows x kTokens tokens: by way of shared memory, since a lane has single values of eight rows.
-template <bool kF16, int kTokens>
-FLUTE_DEVICE void write_tile(const WgmmaCall& call, const Part& p, int strip, int half, int lane, uint32_t out,
-                             const float (&sums)[kTokens]) {
-  const int row = (p.strip + strip) * kStripRows + half * kWarpRows;  // of the shard
-  float bias[4] = {};
+// What a thread has of the tile once its CTA's part is computed: all sums of one team, or both teams' of its share of the
+// tokens. All consumers call it.
+template <class Tile, class Sync>
+FLUTE_DEVICE void share_sums(uint32_t exchange, int team, int thread, const float (&sums)[Tile::kUnits][Tile::kTokens / 2],
+                             float (&values)[Tile::kValues], const Sync& sync) {
+  constexpr int kValues = Tile::kValues;
+  const auto sum = [&](int i) { return sums[i / (Tile::kTokens / 2)][i % (Tile::kTokens / 2)]; };
   FLUTE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int r = row + i * 8 + lane / 4;
-    if (call.bias && r < p.shard.rows) bias[i] = widen16<kF16>(static_cast<const uint16_t*>(call.bias)[p.shard.first_row + r]);
+  for (int i = 0; i < kValues; ++i) values[i] = Tile::kTeams == 2 && team ? sum(kValues + i) : sum(i);
+  if constexpr (Tile::kTeams == 2) {
+    static_assert(Tile::kUnits == 1, "a unit's tokens follow each other");
+    const auto place = [&](int of, int i) {
+      return exchange + uint32_t((of * kValues + i) * Tile::kTeamThreads + thread % Tile::kTeamThreads * 4) * 4;
+    };
+    sync();  // everyone has read the last part's
+    FLUTE_UNROLL
+    for (int i = 0; i < kValues; i += 4) {
+      Words4 other;
+      FLUTE_UNROLL
+      for (int j = 0; j < 4; ++j) other.w[j] = as_bits(team ? sum(i + j) : sum(kValues + i + j));
+      sts128(place(team, i), other);
+    }
+    sync();
+    FLUTE_UNROLL
+    for (int i = 0; i < kValues; i += 4) {
+      const Words4 other = lds128(place(1 - team, i));
+      FLUTE_UNROLL
+      for (int j = 0; j < 4; ++j) values[i + j] += as_f32(other.w[j]);
+    }
   }
-  // Eight tokens x 64 bytes; the four pieces of 16 change places from one pair of tokens to the next, so that neither
-  // the matrices nor the lanes that read them meet in a bank.
-  const auto place = [&](int buffer, int token, int piece) {
-    return out + buffer * (8 * kWarpRows * 2) + token * (kWarpRows * 2) + ((piece ^ (token / 2 % 4)) * 16);
-  };
-  const int rows = p.shard.rows - (row + lane % 4 * 8);  // from the eight that the lane writes
+}
+
+// Writes a warp's rows, from `row` of the shard, of kOctets x 8 tokens: by way of shared memory, since a lane has single values
+// of its rows. Four matrices of 8 rows x 8 tokens go at a time, of two units and eight tokens or of one unit and sixteen.
+template <bool kF16, class Tile>
+FLUTE_DEVICE void write_tile(const WgmmaCall& call, const Shard& shard, int row, int first_token, int lane, uint32_t out,
+                             const float (&values)[Tile::kValues]) {
+  constexpr int kUnits = Tile::kUnits, kOctets = Tile::kOctets, kPieces = 2 * kUnits, kPasses = (kOctets * kUnits + 1) / 2;
+  float bias[kPieces] = {};
   FLUTE_UNROLL
-  for (int j = 0; j < kTokens / 8; ++j) {
+  for (int i = 0; i < kPieces; ++i) {
+    const int r = row + i * 8 + lane / 4;
+    if (call.bias && r < shard.rows) bias[i] = widen16<kF16>(static_cast<const uint16_t*>(call.bias)[shard.first_row + r]);
+  }
+  // A token has kPieces pieces of 16 bytes, which change places every 128 bytes, so that neither the matrices nor the lanes
+  // that read them meet in a bank.
+  const auto place = [&](int buffer, int token, int piece) {
+    return out + buffer * (32 * 16) + token * (kPieces * 16) + ((piece ^ (token * kPieces / 8 % kPieces)) * 16);
+  };
+  const int token_of_lane = lane / kPieces, piece = lane % kPieces;
+  const int rows = shard.rows - (row + piece * 8);  // from the eight that the lane writes
+  FLUTE_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
     uint32_t pairs[4];
     FLUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {  // unit i / 2, eight rows i % 2
-      const float* two = sums + i / 2 * (kTokens / 2) + 4 * j + i % 2 * 2;
-      pairs[i] = round_pair<kF16>(two[0] + bias[i], two[1] + bias[i]);
+    for (int i = 0; i < 4; ++i) {  // eight rows i % 2
+      const int unit = kUnits == 2 ? i / 2 : 0, octet = kUnits == 2 ? pass : kOctets == 1 ? 0 : 2 * pass + i / 2;
+      const float* two = values + (unit * kOctets + octet) * 4 + i % 2 * 2;
+      pairs[i] = round_pair<kF16>(two[0] + bias[i % kPieces], two[1] + bias[i % kPieces]);
     }
-    stmatrix4_transposed(place(j % 2, lane % 8, lane / 8), pairs);
+    const int column = kUnits == 2 ? lane % 8 : lane / 16 * 8 + lane % 8;  // the token of the matrix's column lane % 8
+    stmatrix4_transposed(place(pass % 2, column, lane / 8 % kPieces), pairs);
     syncwarp();
-    const Words4 eight = lds128(place(j % 2, lane / 4, lane % 4));
-    const int token = p.token + 8 * j + lane / 4;
-    if (token >= call.m || rows <= 0) continue;
-    uint16_t* const y = static_cast<uint16_t*>(call.y) + int64_t(token) * call.w.n + p.shard.first_row + row + lane % 4 * 8;
+    const Words4 eight = lds128(place(pass % 2, token_of_lane, piece));
+    const int token = first_token + pass * (16 / kUnits) + token_of_lane;
+    if (token >= call.m || rows <= 0 || token_of_lane >= 8 * kOctets) continue;
+    uint16_t* const y = static_cast<uint16_t*>(call.y) + int64_t(token) * call.w.n + shard.first_row + row + piece * 8;
     if (rows >= 8 && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
       store_global(y, eight);
     } else {  // a shard that ends or begins between multiples of eight rows
@@ -253,118 +331,145 @@ FLUTE_DEVICE void write_tile(const WgmmaCall& call, const Part& p, int strip, in
   syncwarp();
 }
 
-template <int kBits, bool kF16, int kTokens, bool kFine>
-FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, kTokens>& at) {
-  const int thread = thread_id(), warp = thread / 32, lane = lane_id(), strip = warp / 2, half = warp % 2;
+template <int kBits, bool kF16, class Tile, bool kFine>
+FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, Tile>& at) {
+  constexpr int kUnits = Tile::kUnits, kChain = Tile::kChain;
+  const int thread = thread_id(), warp = thread / 32, lane = lane_id(), team = thread / Tile::kTeamThreads;
+  const int first_unit = warp % (Tile::kTeamThreads / 32) * kUnits;  // of the tile
+  const int strip = first_unit / kStripUnits, unit = first_unit % kStripUnits;
   const int groups = block_groups(call.w);
   const uint32_t copy = lane_copy<kBits>(lane);
-  const auto sync = [] { barrier(kConsumerBarrier, kConsumers); };
+  const auto sync = [] { barrier(kConsumerBarrier, Tile::kConsumers); };
   Ring ring(call.stages);
   int shard_of_table = -1;
   float to_weight = 0;
-  float sums[2][kTokens / 2];
-  uint32_t a[kSteps][2][4];  // wgmma reads them kAhead steps behind
-  static_assert(kAhead < kSteps, "a fragment's registers are written again after kSteps steps");
+  float sums[kUnits][Tile::kTokens / 2];
+  uint32_t a[Tile::kGroups][kChain][kUnits][4];  // wgmma reads them kAhead groups behind
 
-  for_parts<kTokens>(call, [&](const Work& work, const Part& p) {
+  for_parts<Tile>(call, [&](const Work& work, const Part& p) {
     if (p.shard_index != shard_of_table) {
       shard_of_table = p.shard_index;
       const float* const book = books(call.packed) + 16 * p.shard_index;
       const Normal normal = normalise(book, 0);
       to_weight = normal.to_weight;
       sync();  // nobody looks up any more
-      build_table<kBits, kWideRow, kF16>(at.table, book, normal.to_table, thread, kConsumers);
+      build_table<kBits, kWideRow, kF16>(at.table, book, normal.to_table, thread, Tile::kConsumers);
       sync();
     }
     FLUTE_UNROLL
-    for (int i = 0; i < kTokens / 2; ++i) sums[0][i] = sums[1][i] = 0;
+    for (int i = 0; i < kUnits * Tile::kTokens / 2; ++i) sums[i / (Tile::kTokens / 2)][i % (Tile::kTokens / 2)] = 0;
     int behind = -1;  // the stage that wgmma may still read
     for (int block = int(p.begin); block < int(p.end); ++block, ring.next()) {
-      uint32_t words[4 * kBits], scales[4];
+      if (Tile::kTeams > 1 && (block - int(p.begin)) % Tile::kTeams != team) continue;
+      uint32_t words[4 * kBits], scales[kChain][2 * kUnits];
       mbarrier_wait(at.full + ring.stage * 8, ring.parity);
-      load_codes<kBits>(at.codes(ring.stage, strip), half, lane, words);
+      load_codes<kBits, kUnits>(at.codes(ring.stage, strip), unit, lane, words);
       const uint64_t x = describe_x(at.x(ring.stage));
       FLUTE_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        if (s == 0 || kFine) {
-          int group = 0;  // of the block's; steps beyond K take the last one's scales
-          if constexpr (kFine) {
-            const int last = call.w.groups - 1 - block * groups;
-            group = s * groups / kSteps < last ? s * groups / kSteps : last;
-          }
-          const uint32_t row = at.scales(ring.stage, strip, groups) + group * kScaleRowBytes;
-          load_scales<kF16>(row, half, lane, call.w.scale_f16, to_weight, scales);
-        }
+      for (int g = 0; g < Tile::kGroups; ++g) {
+        uint32_t looked_up[kChain][kUnits][4];
         FLUTE_UNROLL
-        for (int u = 0; u < 2; ++u) {
-          fragment<kBits, kWideRow>(at.table, copy, words, u, s, a[s][u]);
+        for (int c = 0; c < kChain; ++c) {
+          const int s = g * kChain + c;
+          if (s == 0 || kFine) {
+            int group = 0;  // of the block's; steps beyond K take the last one's scales
+            if constexpr (kFine) {
+              const int last = call.w.groups - 1 - block * groups;
+              group = s * groups / kSteps < last ? s * groups / kSteps : last;
+            }
+            const uint32_t row = at.scales(ring.stage, strip, groups) + group * kScaleRowBytes;
+            load_scales<kF16, kUnits>(row, unit, lane, call.w.scale_f16, to_weight, scales[kFine ? c : 0]);
+          }
           FLUTE_UNROLL
-          for (int i = 0; i < 4; ++i) a[s][u][i] = multiply_pair<kF16>(a[s][u][i], scales[2 * u + i % 2]);
+          for (int u = 0; u < kUnits; ++u) fragment<kBits, kWideRow>(at.table, copy, words, u, s, looked_up[c][u]);
+        }
+        wgmma_wait<Tile::kAhead>();
+        if (g == Tile::kAhead && behind >= 0 && lane == 0) mbarrier_arrive(at.empty + behind * 8);
+        FLUTE_UNROLL
+        for (int i = 0; i < kChain * kUnits * 4; ++i) {
+          const int c = i / (4 * kUnits), u = i / 4 % kUnits;
+          a[g][c][u][i % 4] = multiply_pair<kF16>(looked_up[c][u][i % 4], scales[kFine ? c : 0][2 * u + i % 2]);
         }
         wgmma_fence();
         FLUTE_UNROLL
-        for (int u = 0; u < 2; ++u) wgmma<kF16>(sums[u], a[s][u], x + s * kStepDescriptor);
+        for (int i = 0; i < kChain * kUnits; ++i) {
+          const int c = i / kUnits, u = i % kUnits;
+          wgmma<kF16>(sums[u], a[g][c][u], x + (g * kChain + c) * kStepDescriptor);
+        }
         wgmma_commit();
-        wgmma_wait<kAhead>();
-        if (s == kAhead - 1 && behind >= 0 && lane == 0) mbarrier_arrive(at.empty + behind * 8);
       }
       behind = ring.stage;
     }
     wgmma_wait<0>();
-    wgmma_results(sums[0]);
-    wgmma_results(sums[1]);
-    if (lane == 0) mbarrier_arrive(at.empty + behind * 8);
-    float(&values)[kTokens] = reinterpret_cast<float(&)[kTokens]>(sums);
-    if (combine<kConsumers>(work, call.workspace, uint32_t(cta_id()), p.tile, thread, at.flag, values, sync)) {
-      write_tile<kF16>(call, p, strip, half, lane, at.out + warp * WgmmaShared<kBits, kTokens>::kWarpOut, values);
+    FLUTE_UNROLL
+    for (int u = 0; u < kUnits; ++u) wgmma_results(sums[u]);
+    if (behind >= 0 && lane == 0) mbarrier_arrive(at.empty + behind * 8);
+    float values[Tile::kValues];
+    share_sums<Tile>(at.exchange, team, thread, sums, values, sync);
+    if (combine<Tile::kConsumers>(work, call.workspace, uint32_t(cta_id()), p.tile, thread, at.flag, values, sync)) {
+      const int row = p.strip * kStripRows + first_unit * kUnitRows, token = p.token + team * Tile::kOctets * 8;
+      write_tile<kF16, Tile>(call, p.shard, row, token, lane, at.out + warp * WgmmaShared<kBits, Tile>::kWarpOut, values);
       if (call.gate.out) {
-        finish_pair<kF16, kTileStrips * kStripRows, kTokens, kConsumers>(call.gate, call.y, call.workspace, p.tile,
-                                                                         p.strip * kStripRows, p.token, thread, at.flag, sync);
+        finish_pair<kF16, Tile::kRows, Tile::kTokens, Tile::kConsumers>(call.gate, call.y, call.workspace, p.tile,
+                                                                        p.strip * kStripRows, p.token, thread, at.flag, sync);
       }
     }
   });
 }
 
 // kFine: a block has more than one group.
-template <int kBits, bool kF16, int kTokens, bool kFine>
-FLUTE_KERNEL(kWgmmaThreads, 1)
+template <int kBits, bool kF16, class Tile, bool kFine>
+FLUTE_KERNEL(Tile::kThreads, 1)
 lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
-  const WgmmaShared<kBits, kTokens> at(call.stages, block_groups(call.w));
+  const WgmmaShared<kBits, Tile> at(call.stages, block_groups(call.w));
   if (thread_id() == 0) {
     prefetch_map(&call.x);
     for (int i = 0; i < call.stages; ++i) {
       mbarrier_init(at.full + i * 8, 1);
-      mbarrier_init(at.empty + i * 8, kConsumers / 32);
+      mbarrier_init(at.empty + i * 8, Tile::kTeamThreads / 32);
     }
     fence_mbarrier_init();
   }
   barrier();
-  if (thread_id() >= kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (thread_id() == kConsumers) produce<kBits, kTokens>(call, at);
+  if (thread_id() >= Tile::kConsumers) {
+    give_registers<Tile::kProducerRegisters>();
+    if (thread_id() == Tile::kConsumers) produce<kBits, Tile>(call, at);
   } else {
-    take_registers<kConsumerRegisters>();
-    consume<kBits, kF16, kTokens, kFine>(call, at);
+    take_registers<Tile::kConsumerRegisters>();
+    consume<kBits, kF16, Tile, kFine>(call, at);
   }
 }
 
-template <int kBits, bool kF16, int kTokens>
+template <int kBits, bool kF16, class Tile>
 const char* run_wgmma_tile(const Gemm& g) {
-  using At = WgmmaShared<kBits, kTokens>;
-  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0, gate_of(g, kTileStrips, kTokens)};
+  using At = WgmmaShared<kBits, Tile>;
+  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0, gate_of(g, Tile::kStrips, Tile::kTokens)};
   const int groups = block_groups(g.w);
   call.stages = (g.device.shared_bytes - At::bytes(0, groups)) / At::stage_bytes(groups);
-  call.stages = call.stages < kWgmmaStages ? call.stages : kWgmmaStages;
-  if (call.stages < 2) return "lut_wgmma: the device has too little shared memory for two stages";
-  if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, kTokens, kF16)) return error;
-  const auto kernel = groups > 1 ? lut_wgmma<kBits, kF16, kTokens, true> : lut_wgmma<kBits, kF16, kTokens, false>;
-  return launch(kernel, g.device.sms, kWgmmaThreads, At::bytes(call.stages, groups), g.stream, call);
+  call.stages = (call.stages < kWgmmaStages ? call.stages : kWgmmaStages) / Tile::kTeams * Tile::kTeams;
+  if (call.stages < Tile::kLeastStages) return "lut_wgmma: the device has too little shared memory for its stages";
+  if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, kF16)) return error;
+  const auto kernel = groups > 1 ? lut_wgmma<kBits, kF16, Tile, true> : lut_wgmma<kBits, kF16, Tile, false>;
+  return launch(kernel, g.device.sms, Tile::kThreads, At::bytes(call.stages, groups), g.stream, call);
+}
+
+// Tiles of two strips where ones of four are too few: twice as many have half as many parts each, of half the bytes, which the
+// last CTA of a tile reads again; but x is read once more for every 128 rows.
+template <int kBits, bool kF16>
+const char* run_wgmma_type(const Gemm& g) {
+  if (g.m > 64) return run_wgmma_tile<kBits, kF16, WgmmaTile<128, 4>>(g);
+  const bool narrow = g.w.strips / 4 * 2 < g.device.sms;
+  const auto run = [&](auto wide_tile, auto narrow_tile) {
+    return narrow ? run_wgmma_tile<kBits, kF16, decltype(narrow_tile)>(g) : run_wgmma_tile<kBits, kF16, decltype(wide_tile)>(g);
+  };
+  if (g.m > 32) return run(WgmmaTile<64, 4>{}, WgmmaTile<64, 2>{});
+  if (g.m > 16) return run(WgmmaTile<32, 4>{}, WgmmaTile<32, 2>{});
+  return run(WgmmaTile<16, 4>{}, WgmmaTile<16, 2>{});
 }
 
 template <int kBits>
 const char* run_wgmma_bits(const Gemm& g) {
-  if (g.m <= 64) return g.f16 ? run_wgmma_tile<kBits, true, 64>(g) : run_wgmma_tile<kBits, false, 64>(g);
-  return g.f16 ? run_wgmma_tile<kBits, true, 128>(g) : run_wgmma_tile<kBits, false, 128>(g);
+  return g.f16 ? run_wgmma_type<kBits, true>(g) : run_wgmma_type<kBits, false>(g);
 }
 
 }  // namespace flute::cuda

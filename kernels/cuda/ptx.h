@@ -72,6 +72,21 @@ FLUTE_DEVICE unsigned atomic_add(unsigned* p, unsigned v) {
   return old;
 }
 
+// `value` of lane `from`.
+FLUTE_DEVICE uint32_t from_lane(uint32_t value, int from) {
+  struct Lane {
+    uint32_t value, other;
+    int from;
+  } lane{value, 0, from};
+  simt::meet(simt::thread() / 32, 32, simt::thread() % 32, &lane, [](void** all) {
+    for (int l = 0; l < 32; ++l) {
+      Lane& to = *static_cast<Lane*>(all[l]);
+      to.other = static_cast<Lane*>(all[to.from])->value;
+    }
+  });
+  return lane.other;
+}
+
 FLUTE_DEVICE void ldmatrix4(uint32_t address, uint32_t (&r)[4]) { simt::ldmatrix4(address, r); }
 template <bool kF16>
 FLUTE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -173,6 +188,9 @@ FLUTE_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;"
 FLUTE_DEVICE void threadfence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 FLUTE_DEVICE unsigned atomic_add(unsigned* p, unsigned v) { return atomicAdd(p, v); }
 
+// `value` of lane `from`.
+FLUTE_DEVICE uint32_t from_lane(uint32_t value, int from) { return __shfl_sync(0xffffffff, value, from); }
+
 FLUTE_DEVICE void ldmatrix4(uint32_t address, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -233,5 +251,7 @@ const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, v
 #endif
 
 FLUTE_DEVICE int lane_id() { return thread_id() % 32; }
+// `value` of the lane whose number is this one's but for one bit, which is 1, 2, 4 ...
+FLUTE_DEVICE uint32_t other_lane(uint32_t value, int bit) { return from_lane(value, lane_id() ^ bit); }
 
 }  // namespace flute::cuda

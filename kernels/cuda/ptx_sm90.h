@@ -36,6 +36,14 @@ FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int
 }
 FLUTE_DEVICE void prefetch_map(const TensorMap*) {}
 
+inline const char* encode_blocks_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, int, bool f16) {
+  return encode_map(map, data, rows, columns, box_rows, f16);
+}
+template <int kBlocks>
+FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int block, int row, uint32_t bar) {
+  for (int i = 0; i < kBlocks; ++i) simt::load_box(to + i * map->box_rows * 128, map, (block + i) * 64, row, bar);
+}
+
 template <int kRegisters>
 FLUTE_DEVICE void take_registers() {
   simt::take_registers(kRegisters);
@@ -76,23 +84,35 @@ FLUTE_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
 
 using TensorMap = CUtensorMap;
 
-// The map of a row-major matrix of 16-bit values, 16-byte aligned, for boxes of box_rows x 64 values (128 bytes, the width of
-// the swizzle). The driver's function is fetched when first needed, so that the library loads where there is no driver.
-inline const char* encode_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool f16) {
-  static const auto encode = [] {
+// The driver's function is fetched when first needed, so that the library loads where there is no driver.
+inline const char* encode(CUtensorMap* map, const void* data, bool f16, uint32_t rank, const cuuint64_t* size, const cuuint64_t* strides,
+                          const cuuint32_t* box) {
+  static const auto function = [] {
     void* f = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) f = nullptr;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
-  if (!encode) return "lut_wgmma: the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
-  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, row_bytes[1] = {cuuint64_t(columns) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
+  if (!function) return "the driver has no cuTensorMapEncodeTiled: it must be of CUDA 12.0 or later";
+  const cuuint32_t step[3] = {1, 1, 1};
   const CUtensorMapDataType type = f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(map, type, 2, const_cast<void*>(data), size, row_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "lut_wgmma: cuTensorMapEncodeTiled refuses x: its address must be a multiple of 16, K of 8";
+  const CUresult result = function(map, type, rank, const_cast<void*>(data), size, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses x: its address must be a multiple of 16, K of 8";
+}
+// The map of a row-major matrix of 16-bit values, 16-byte aligned, for boxes of box_rows x 64 values (128 bytes, the width of
+// the swizzle).
+inline const char* encode_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, bool f16) {
+  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, row_bytes[1] = {cuuint64_t(columns) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
+  return encode(map, data, f16, 2, size, row_bytes, box);
+}
+// The same for boxes of several blocks of 64 columns, one behind the other; columns are a multiple of 64.
+inline const char* encode_blocks_map(TensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows, int box_blocks, bool f16) {
+  const cuuint64_t size[3] = {64, cuuint64_t(rows), cuuint64_t(columns) / 64}, strides[2] = {cuuint64_t(columns) * 2, 128};
+  const cuuint32_t box[3] = {64, cuuint32_t(box_rows), cuuint32_t(box_blocks)};
+  return encode(map, data, f16, 3, size, strides, box);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -136,6 +156,13 @@ FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int
       "r"(column), "r"(row), "r"(bar)
       : "memory");
 }
+template <int kBlocks>  // of the map's boxes
+FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int block, int row, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(map),
+      "r"(0), "r"(row), "r"(block), "r"(bar)
+      : "memory");
+}
 FLUTE_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -166,6 +193,19 @@ FLUTE_DEVICE void wgmma_results(float (&d)[kSums]) {
 
 #define FLUTE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FLUTE_D8(i) FLUTE_D4(i), FLUTE_D4(i + 4)
+#define FLUTE_WGMMA16(type)                                                                                           \
+  asm volatile(                                                                                                       \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"                                       \
+      : FLUTE_D8(0)                                                                                                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FLUTE_WGMMA32(type)                                                                                           \
+  asm volatile(                                                                                                       \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "                                     \
+      "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"                                                                        \
+      : FLUTE_D8(0), FLUTE_D8(8)                                                                                      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define FLUTE_WGMMA64(type)                                                                                           \
   asm volatile(                                                                                                       \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                     \
@@ -190,7 +230,11 @@ FLUTE_DEVICE void wgmma_results(float (&d)[kSums]) {
 // d[4j + 2h + e] is the warp's row lane/4 + 8h and token 8j + lane%4*2 + e.
 template <bool kF16, int kSums>
 FLUTE_DEVICE void wgmma(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(kSums == 32 || kSums == 64, "64 or 128 tokens");
+  static_assert(kSums == 8 || kSums == 16 || kSums == 32 || kSums == 64, "16, 32, 64 or 128 tokens");
+  if constexpr (kSums == 8 && kF16) FLUTE_WGMMA16("f16");
+  if constexpr (kSums == 8 && !kF16) FLUTE_WGMMA16("bf16");
+  if constexpr (kSums == 16 && kF16) FLUTE_WGMMA32("f16");
+  if constexpr (kSums == 16 && !kF16) FLUTE_WGMMA32("bf16");
   if constexpr (kSums == 32 && kF16) FLUTE_WGMMA64("f16");
   if constexpr (kSums == 32 && !kF16) FLUTE_WGMMA64("bf16");
   if constexpr (kSums == 64 && kF16) FLUTE_WGMMA128("f16");
@@ -198,6 +242,8 @@ FLUTE_DEVICE void wgmma(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
 }
 #undef FLUTE_D4
 #undef FLUTE_D8
+#undef FLUTE_WGMMA16
+#undef FLUTE_WGMMA32
 #undef FLUTE_WGMMA64
 #undef FLUTE_WGMMA128
 

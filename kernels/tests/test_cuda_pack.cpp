@@ -1,12 +1,16 @@
-// Packing, unpacking and dequantizing for the GPU, done on the CPU by the functions that the device runs: packed codes and
-// scales are where layout.h says, the way back is exact, and each weight is its codebook's value times its scale, rounded once.
+// Packing, unpacking and dequantizing for the GPU, done on the CPU by the functions that the device runs, the last by simt.h's
+// emulator: packed codes and scales are where layout.h says, the way back is exact, and each weight is its codebook's value times
+// its scale, rounded once.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
-#include "../cuda/dequantize.cuh"
+#include "../cuda/launch.h"
 #include "../cuda/repack.cuh"
+#include "flute.h"
+#include "simt.h"
 
 using namespace flute;
 using namespace flute::cuda;
@@ -62,25 +66,32 @@ static Layer random_layer(int bits, bool f16, int group, int k, const std::vecto
   return layer;
 }
 
-template <Dtype kType>
-static void check_dense(const Layer& layer, const std::vector<uint8_t>& packed) {
+// W[first .. first + rows] by K3 in a type; what it leaves alone stays NaN, and so must what lies around.
+static void check_dense(const Layer& layer, const std::vector<uint8_t>& packed, Dtype type, int64_t first, int64_t rows) {
   const Packed& w = layer.w;
-  const size_t size = kType == kF32 ? 4 : 2;
-  const size_t row_vectors = w.k * size / sizeof(Vector);
-  std::vector<Vector> dense(w.n * row_vectors);
+  const int64_t size = type == kF32 ? 4 : 2, row_vectors = w.k * size / int64_t(sizeof(Vector));
+  const int64_t around = kStripRows * row_vectors;
+  std::vector<Vector> dense(size_t(around + rows * row_vectors + around));
   memset(dense.data(), 0xff, dense.size() * sizeof(Vector));
-  for (int64_t row = 0; row < w.n; ++row) {
-    for (int thread = 0; thread < 3; ++thread) dequantize_row<kType>(w, packed.data(), row, thread, 3, &dense[row * row_vectors]);
+  simt::config.seed = uint64_t(++checks);
+  const char* error = run_dequantize(w, packed.data(), first, rows, type, dense.data() + around, nullptr);
+  CHECK(!error, "%s", error);
+  for (int64_t i = 0; i < around; ++i) {
+    for (const Vector& v : {dense[i], dense[dense.size() - 1 - i]}) {
+      CHECK((v.word[0] & v.word[1] & v.word[2] & v.word[3]) == ~0u, "written around rows %d to %d", int(first), int(first + rows));
+    }
   }
   for (size_t s = 0; s < layer.table.size(); ++s) {
-    for (int64_t row = layer.table[s].first_row; row < layer.table[s].first_row + layer.table[s].rows; ++row) {
+    const int64_t begin = layer.table[s].first_row, end = begin + layer.table[s].rows;
+    for (int64_t row = std::max(first, begin); row < std::min(first + rows, end); ++row) {
       for (int64_t k = 0; k < w.k; ++k) {
         const float scale = scale_to_f32(layer.scales[row * w.groups + k / w.group_size], w.scale_f16 ? kScaleF16 : kScaleBf16);
         const float exact = layer.codebooks[(s << w.bits) + layer.codes[row * w.k + k]] * scale;
         unsigned char expected[4];
-        store_value(expected, 0, kType, exact);
-        const auto* actual = reinterpret_cast<const unsigned char*>(dense.data()) + (row * w.k + k) * size;
-        CHECK(!memcmp(expected, actual, size), "bits %d, type %d, row %d, k %d", w.bits, kType, int(row), int(k));
+        store_value(expected, 0, type, exact);
+        const auto* actual = reinterpret_cast<const unsigned char*>(&dense[around]) + ((row - first) * w.k + k) * size;
+        CHECK(!memcmp(expected, actual, size), "bits %d, type %d, rows %d to %d, row %d, k %d", w.bits, type, int(first),
+              int(first + rows), int(row), int(k));
       }
     }
   }
@@ -129,9 +140,11 @@ static void check_layer(const Layer& layer) {
   CHECK(scales == layer.scales, "bits %d", w.bits);
   CHECK(codebooks == layer.codebooks, "bits %d", w.bits);
 
-  check_dense<kBf16>(layer, packed);
-  check_dense<kF16>(layer, packed);
-  check_dense<kF32>(layer, packed);
+  const int64_t n = w.n, strip = std::min<int64_t>(n, kStripRows);
+  const int64_t ranges[][2] = {{0, n}, {0, 1}, {n / 3, n - n / 3}, {n - 1, 1}, {n / 2, (n + 3) / 4}, {n / 128 * 64, strip}};
+  for (const Dtype type : {kBf16, kF16, kF32}) {
+    for (const auto& [first, rows] : ranges) check_dense(layer, packed, type, first, rows);
+  }
 }
 
 // code_place() and high_place() give every code of a block its own bits, and leave none over.
@@ -155,7 +168,7 @@ int main() {
   const Shape shapes[] = {
       {64, 64, {64}},      {8, 8, {8}},          {72, 72, {8}},       {320, 64, {72}},       {576, 64, {200}},
       {1040, 16, {16}},    {256, 256, {136}},    {384, 128, {64, 8}}, {192, 32, {40, 8, 24}}, {200, 40, {128, 72}},
-      {128, 64, {1, 63, 65}},
+      {128, 64, {1, 63, 65}}, {264, 24, {72, 130}}, {1096, 8, {64}},  {64, 64, {8, 70, 8, 16, 130, 3}},
   };
   unsigned seed = 0;
   for (int bits = 2; bits <= 4; ++bits) {

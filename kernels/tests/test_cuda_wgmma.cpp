@@ -7,7 +7,7 @@ using namespace flute::cuda;
 
 namespace {
 
-// With 227 KB a ring has 6 stages and more, with 140 KB few.
+// With 227 KB a ring has 6 stages and more, with 172 KB few.
 Device hopper(int sms, int shared = 227) { return {90, sms, shared * 1024}; }
 
 // The codebook's value and its product with the scale are rounded to x's type; so is the scale where it is fp16 and x bf16
@@ -30,7 +30,7 @@ void check_shapes(bool few) {
                           {{136}, 576, 16},    {{64}, 1040, 16},         {{320}, 768, 256}, {{128, 72}, 1040, 1040},
                           {{8, 8}, 8, 8},      {{64, 8, 200}, 512, 128}, {{520}, 1024, 64}, {{192, 64, 300, 4}, 832, 64},
                           {{72}, 672, 32},     {{16}, 2048, 128}};
-  const int tokens[] = {33, 64, 65, 128, 1, 129, 200, 8}, sms[] = {1, 2, 3, 5, 7, 132};
+  const int tokens[] = {33, 64, 65, 16, 128, 1, 31, 129, 17, 32, 8}, sms[] = {1, 2, 3, 5, 7, 132};
   size_t turn = 0;
   for (const Shape& shape : shapes) {
     for (int bits = 2; bits <= 4; ++bits) {
@@ -40,7 +40,7 @@ void check_shapes(bool few) {
           const Layer layer = make_layer(shape, bits, turn / 2 % 2, values);
           // Steps without a common divisor: every count of tokens meets every bits, types and values.
           for (int i = 0; i < (few ? 1 : 2); ++i, ++turn) {
-            const Device device = hopper(sms[turn % std::size(sms)], turn % 4 ? 227 : 140);
+            const Device device = hopper(sms[turn % std::size(sms)], turn % 4 ? 227 : 172);
             check_call(layer, shape, tokens[turn * 5 % std::size(tokens)], f16, device, turn % 3 > 0, turn);
           }
         }
@@ -55,10 +55,10 @@ void check_orders(bool few) {
   const Shape shape{{200, 64}, 1088, 64};
   for (int bits = 2; bits <= 4; ++bits) {
     const Layer layer = make_layer(shape, bits, false, kAny);
-    for (int m : {40, 100}) {
+    for (int m : {16, 40, 100}) {
       const Input in = make_input(layer, m, m == 40);
-      for (int sms : {2, 5, 11}) {
-        const Device device = hopper(sms, 140);
+      for (int sms : {2, 11}) {  // tiles of four strips, and of two
+        const Device device = hopper(sms, 172);
         const std::string name = "orders, " + describe_case(layer, shape, in, device);
         const std::vector<uint16_t> y = run(run_wgmma, layer, in, device, true, 1, name);
         check(layer, in, true, wgmma_bound(layer, in.f16), y, name);
@@ -75,10 +75,10 @@ void check_orders(bool few) {
 void check_gates(bool few) {
   for (const Shape& shape : {Shape{{512, 512}, 192, 64}, Shape{{200, 200}, 320, 32}}) {
     for (int bits = 2; bits <= 4; ++bits) {
-      for (int m : {40, 100, 150}) {
+      for (int m : {9, 30, 40, 100, 150}) {
         const Layer layer = make_layer(shape, bits, false, m == 100 ? kWhole : kAny);
         const Input in = make_input(layer, m, bits == 3);
-        for (int sms : {m == 100 ? 1 : 3, 132}) {
+        for (int sms : {m == 100 ? 1 : 3, 132}) {  // tiles of four strips, and of two
           const Device device = hopper(sms);
           const std::string name = "gated, " + describe_case(layer, shape, in, device);
           const bool with_bias = sms == 132;

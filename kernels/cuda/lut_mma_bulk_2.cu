@@ -1,0 +1,6 @@
+// K1 with bulk copies, for codes of 2 bits.
+#include "lut_mma_bulk.cuh"
+
+namespace flute::cuda {
+template const char* run_mma_bulk_bits<2>(const Gemm&, int);
+}  // namespace flute::cuda
