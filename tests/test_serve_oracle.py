@@ -1,14 +1,16 @@
 """Served checkpoints beside transformers' own greedy decoding of the dequantized one, both in float32: the same tokens.
 
-A mixture of experts, and online quantization on two ranks.
+A mixture of experts, online quantization on two ranks, LoRA.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import VOCABULARY, llama_tensors, make_llama31, save_sharded, save_tokenizer
+from safetensors.torch import load_file, save_file
 
 from vllm_flute.checkpoint import dequantize_checkpoint, quantize_checkpoint
 from vllm_flute.serve import Client, Server
@@ -105,3 +107,68 @@ def test_online_quantization_on_two_ranks(tmp_path):
     got = served(plain, tmp_path / "log", *two, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert got == greedy(tmp_path / "float32")
     assert "online quantization while loading: 4 bits, group 64" in (tmp_path / "log").read_text()
+
+
+def make_adapter(path: Path, base: Path, merged: Path) -> None:
+    """Write a random LoRA adapter of all of a checkpoint's layers, and the checkpoint with it added to the weights.
+
+    The adapter's share of a layer's result is about a fifth of it.
+    """
+    rank, scale = 8, 2.0
+    generator = torch.Generator().manual_seed(5)
+    adapter, index = {}, json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    shutil.copytree(base, merged)
+    for file in sorted(set(index.values())):
+        tensors = load_file(merged / file)
+        for name, weight in tensors.items():
+            if "_proj." not in name:
+                continue
+            n, k = weight.shape
+            a = torch.randn(rank, k, generator=generator) * k**-0.5
+            b = torch.randn(n, rank, generator=generator) * 0.15 * rank**-0.5
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            tensors[name] = weight + scale * b @ a
+        save_file(tensors, merged / file, metadata={"format": "pt"})
+    path.mkdir()
+    save_file(adapter, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted({name.split(".")[-3] for name in adapter})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank, "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": modules}))
+
+
+def test_lora_on_quantized_layers(tmp_path):
+    """One server answers with the adapter and without, as two dense models do."""
+    plain = make_llama31(tmp_path / "llama")
+    quantize_checkpoint(plain, tmp_path / "flute")
+    dequantize_checkpoint(tmp_path / "flute", tmp_path / "float32", dtype="float32")
+    make_adapter(tmp_path / "adapter", tmp_path / "float32", tmp_path / "merged")
+    args = [*ARGS, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"added={tmp_path / 'adapter'}"]
+    environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    with Server(tmp_path / "flute", tmp_path / "log", args, environment, start_seconds=300) as server:
+        client = Client(server.url)
+        options = {"ignore_eos": True, "return_token_ids": True}
+        found = {
+            name: [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+            for name in (client.model(), "added")
+            for choices in [client.complete(PROMPTS, TOKENS, model=name, **options)]
+        }
+    base, adapted = found.values()
+    assert base == greedy(tmp_path / "float32")
+    assert adapted == greedy(tmp_path / "merged")
+    assert base != adapted
+
+
+def test_an_fp8_kv_cache(tmp_path):
+    """With keys and values in 8 bits too, a quantized checkpoint answers as the dense one that it stands for."""
+    plain = make_llama31(tmp_path / "llama")
+    quantize_checkpoint(plain, tmp_path / "flute")
+    dequantize_checkpoint(tmp_path / "flute", tmp_path / "float32", dtype="float32")
+    args = ("--kv-cache-dtype", "fp8", "--enforce-eager")
+    got = served(tmp_path / "flute", tmp_path / "log", *args, VLLM_CPU_OMP_THREADS_BIND="0-1")
+    dense = [arg for arg in ARGS if arg not in ("--quantization", "flute")]
+    environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    with Server(tmp_path / "float32", tmp_path / "dense", [*dense, *args], environment, start_seconds=300) as server:
+        choices = Client(server.url).complete(PROMPTS, TOKENS, ignore_eos=True, return_token_ids=True)
+    assert got == [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+    assert got != greedy(tmp_path / "float32")  # the cache was rounded
