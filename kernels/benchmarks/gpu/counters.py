@@ -4,8 +4,8 @@
     ncu --clock-control none --kernel-name regex:lut_ --section SpeedOfLight --section WarpStateStats \\
         python kernels/benchmarks/gpu/counters.py [KERNEL:BITS:TOKENS ...]
 
-Prints a line before every call, so that the profiler's results can be told apart. Every call is of one layer of N x K weights
-in groups of 128; it needs the library that measure.py has built.
+Prints a line before every call, so that the profiler's results can be told apart. Every call is of one layer of N x K
+weights in groups of 128; it needs the library that measure.py has built.
 """
 
 import sys
@@ -27,7 +27,9 @@ def main(calls: list[str]) -> None:
     for each in calls or CALLS:
         name, bits, tokens = each.split(":")
         if bits not in packed:
-            layer = weights.random_layer(weights.Matrix("counted", (N,), K), int(bits), GROUP, torch.bfloat16, generator)
+            layer = weights.random_layer(
+                weights.Matrix("counted", (N,), K), int(bits), GROUP, torch.bfloat16, generator
+            )
             packed[bits] = weights.pack(layer, name)
         x = torch.randn(int(tokens), K, generator=generator, device="cuda").bfloat16()
         print(f"---- {each}, {packed[bits].packed.numel()} bytes", flush=True)
