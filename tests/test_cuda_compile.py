@@ -25,7 +25,12 @@ SOURCES = sorted((KERNELS / "cuda").glob("*.cu"))
 # For sm_90a alone, as CMakeLists.txt has it: wgmma's instructions are in no other.
 HOPPER = sorted([*(KERNELS / "cuda").glob("lut_wgmma_*.cu"), *(KERNELS / "cuda").glob("lut_mma_bulk_*.cu")])
 MICRO = KERNELS / "benchmarks" / "gpu" / "micro.cu"
-HOT = ("lut_mma", "lut_wgmma")  # a model's every step; the others run at load, or write more than they compute
+# A model's every step; the others run at load, or write more than they compute.
+HOT = ("lut_mma", "lut_mma_bulk", "lut_wgmma")
+# At most 8 bytes of stack: one register is stored once a CTA, and read where a tile is done. What avoids it (of 40
+# rewrites, with nvcc 13.0) moves the loop's counters out of uniform registers, two more instructions a block, and the
+# loop was measured as it is.
+SPILLS_OUTSIDE_ITS_LOOP = re.compile(r"lut_mma_bulk<4, (true|false), false, BulkTile<16>>")
 # Where wgmma is serialised or setmaxnreg ignored, ptxas says "info : (C7510) Potential Performance Loss" and the like.
 WARNING = re.compile(r"warning|error|\(C\d+\)|performance", re.IGNORECASE)
 REGISTERS = 65536  # of a multiprocessor, CUDA C++ Programming Guide, "Technical specifications per compute capability"
@@ -107,11 +112,10 @@ class Compiled:
     def entries(self) -> int:
         return self.output.count("Compiling entry function")
 
-    def code_of(self, tool: str) -> dict[tuple[str, str], Counter]:
-        """{(kernel, arch): how often each instruction is in its machine code}."""
+    def code_of(self, tool: str) -> dict[tuple[str, str], list[str]]:
+        """{(kernel, arch): the instructions of its machine code, in order}."""
         instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
-        found = self._dumped(tool, "-sass", re.compile(r"\s*Function : (\w+)"), instruction)
-        return {key: Counter(matches) for key, matches in found.items()}
+        return self._dumped(tool, "-sass", re.compile(r"\s*Function : (\w+)"), instruction)
 
     def threads_of(self, tool: str) -> dict[tuple[str, str], int]:
         """{(kernel, arch): the most threads of a block}, which __launch_bounds__ says."""
@@ -180,8 +184,14 @@ def tool() -> str:
 
 
 @pytest.fixture(scope="module")
-def code(compiled, tool) -> dict[tuple[str, str], Counter]:
-    return {key: count for each in compiled.values() for key, count in each.code_of(tool).items()}
+def listing(compiled, tool) -> dict[tuple[str, str], list[str]]:
+    return {key: instructions for each in compiled.values() for key, instructions in each.code_of(tool).items()}
+
+
+@pytest.fixture(scope="module")
+def code(listing) -> dict[tuple[str, str], Counter]:
+    """{(kernel, arch): how often each instruction is in its machine code}."""
+    return {key: Counter(instructions) for key, instructions in listing.items()}
 
 
 def of(code: dict[tuple[str, str], Counter], kernel: str) -> dict[tuple[str, str], Counter]:
@@ -204,18 +214,24 @@ def test_every_kernel_is_compiled_for_every_gpu(compiled, kernels):
     assert all(len(each.kernels) == each.entries() for each in compiled.values())
     found = {arch: {kernel.name for kernel in kernels if kernel.arch == arch} for arch in ARCHS}
     everywhere = found["80"]
-    assert (
-        sum(name.startswith("lut_mma<") for name in everywhere) >= 18
-    )  # two types, three widths, three tiles of tokens
+    # Two types, three widths, three tiles of tokens.
+    assert sum(name.startswith("lut_mma<") for name in everywhere) == 18
     for arch in ARCHS:
-        hopper = {name for name in found[arch] if name.startswith("lut_wgmma")}
+        hopper = {name for name in found[arch] if name.startswith(("lut_wgmma<", "lut_mma_bulk<"))}
         assert found[arch] - hopper == everywhere and bool(hopper) == (arch == "90a")
-    assert len(found["90a"] - everywhere) >= 12  # two types, three widths, two tiles of tokens
+    # Two types, three widths, groups within a block or not; and tiles of tokens, some in two heights.
+    tiles = Counter(re.search(r"(Wgmma|Bulk)Tile<[\d, ]+>", name)[0] for name in found["90a"] - everywhere)
+    bulk = [f"BulkTile<{tokens}>" for tokens in (8, 16, 32)]
+    wgmma = [f"WgmmaTile<{tokens}, {strips}>" for tokens in (16, 32, 64) for strips in (2, 4)]
+    assert tiles == dict.fromkeys([*bulk, *wgmma, "WgmmaTile<128, 4>"], 12)
 
 
 def test_hot_kernels_neither_spill_nor_have_a_stack(kernels):
-    bad = [kernel for kernel in kernels if kernel.name.startswith(HOT) and (kernel.spills or kernel.stack)]
-    assert not bad, "\n" + table(bad)
+    hot = [kernel for kernel in kernels if kernel.name.startswith(HOT)]
+    excepted = [kernel for kernel in hot if SPILLS_OUTSIDE_ITS_LOOP.fullmatch(kernel.name)]
+    bad = [kernel for kernel in hot if kernel not in excepted and (kernel.spills or kernel.stack)]
+    bad += [kernel for kernel in excepted if kernel.spills > 8 or kernel.stack > 8]
+    assert len(excepted) == 2 and not bad, "\n" + table(bad)
 
 
 def test_registers_leave_room_for_a_block(compiled, kernels, tool):
@@ -233,16 +249,35 @@ def test_mma_kernels_load_16_bytes_and_use_tensor_cores(code):
         assert any_of(count, "LDSM.16.M88"), (key, count)
 
 
+def test_bulk_kernels_use_the_copy_engine_and_tensor_cores(code):
+    for key, count in of(code, "lut_mma_bulk").items():
+        assert any_of(count, "HMMA.16816") and any_of(count, "LDSM.16.M88"), (key, count)
+        assert any_of(count, "UTMALDG") and any_of(count, "UBLKCP"), (key, count)
+        assert any_of(count, "USETMAXREG") and not any_of(count, "HGMMA", "LDGSTS"), (key, count)
+
+
 def test_wgmma_kernels_use_the_copy_engine_and_wgmma(code):
     for key, count in of(code, "lut_wgmma").items():
         assert any_of(count, "HGMMA"), key
         assert any_of(count, "UTMALDG") and any_of(count, "UBLKCP"), (key, count)
-        assert not any_of(count, "HMMA"), key
+        assert any_of(count, "USETMAXREG") and not any_of(count, "HMMA"), key
 
 
-def test_hot_kernels_have_no_local_memory_in_their_code(code):
+def main_loop(instructions: list[str]) -> list[str]:
+    """From the wait for a stage to its release, which enclose all products."""
+    products = [i for i, name in enumerate(instructions) if name.startswith("HMMA")]
+    begin = max(i for i in range(products[0]) if instructions[i].startswith("SYNCS.PHASECHK"))
+    end = min(i for i in range(products[-1], len(instructions)) if instructions[i].startswith("SYNCS.ARRIVE"))
+    return instructions[begin:end]
+
+
+def test_hot_kernels_have_no_local_memory_in_their_code(code, listing):
     for kernel in HOT:
         for key, count in of(code, kernel).items():
+            if SPILLS_OUTSIDE_ITS_LOOP.fullmatch(key[0]):
+                assert any_of(count, "LDL") <= 1 and any_of(count, "STL") <= 1, (key, count)
+                count = Counter(main_loop(listing[key]))
+                assert any_of(count, "HMMA") == 32, (key, count)  # four units, four steps, two times 8 tokens
             assert not any_of(count, "LDL", "STL"), (key, count)
 
 

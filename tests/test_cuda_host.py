@@ -137,9 +137,9 @@ assert all(k["available"] and k["isa"] == "sm_90" for k in kernels.values()), ke
 assert not any(k["available"] for k in found[80]["kernels"])
 
 def chosen(m, layout=MMA64, dtype=torch.bfloat16, arch=90):
-    return cuda.choose_for(Layout(layout, 4, 128, 4096, torch.bfloat16, (4096, 1024)).header(), m, dtype, arch, 132)
+    return cuda.choose_for(Layout(layout, 4, 128, 4096, torch.bfloat16, (4096, 1024)).header(), m, dtype, arch)
 
-assert [chosen(m) for m in (1, 32, 33, 256, 4096)] == ["mma", "mma", "wgmma", "wgmma", "dequantize-cublas"]
+assert [chosen(m) for m in (1, 32, 33, 2048, 2049)] == ["mma", "mma", "wgmma", "wgmma", "dequantize-cublas"]
 assert chosen(1, dtype=torch.float32) == "dequantize-cublas"
 assert chosen(1, layout=ROWS) == "" and chosen(1, arch=80) == ""
 

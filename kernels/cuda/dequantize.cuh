@@ -26,19 +26,14 @@
 //   F2FP / FMUL                              64/128   64/128   64/128
 //   instructions, four a cycle                  922      957      704
 //
-// Not measured: a multiprocessor's share of 3 TB/s (132 of them at 1.85 GHz) is 12.3 bytes a cycle, a block in 800 to 900
-// cycles. Shared memory takes 256, 252, 228 of them and instructions 231, 240, 176: memory is the limit, and the blocks of the
-// 32 warps that a multiprocessor holds hide its latency without loads ahead of time.
+// An H100's multiprocessor (132 of them at 1.85 GHz) has 12.3 bytes a cycle of 3 TB/s, a block in 800 to 900 cycles. Shared memory
+// takes 256, 252, 228 of them and instructions 231, 240, 176: memory is the limit, and the blocks of the 32 warps that a
+// multiprocessor holds hide its latency without loads ahead of time. Measured: 28672 x 4096 of 4 bits in 103 us, 2.9 TB/s.
 #pragma once
 
 #include "flute.h"
 #include "launch.h"
 #include "ptx.h"
-
-#ifndef FLUTE_EMULATE_SIMT
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 namespace flute::cuda {
 
@@ -53,22 +48,6 @@ struct DequantizeParameters {
   int row_bytes;
   unsigned strip_ctas;  // of a strip, each with a block a warp
 };
-
-// Both at once: not every GPU's compiler makes one instruction of two of round16().
-template <bool kF16>
-FLUTE_DEVICE uint32_t round_pair(float low, float high) {
-#ifdef FLUTE_EMULATE_SIMT
-  return uint32_t(round16<kF16>(low)) | uint32_t(round16<kF16>(high)) << 16;
-#else
-  if constexpr (kF16) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-#endif
-}
 
 // Word `i` of the values' table, from a shard's 16.
 template <int kBits>

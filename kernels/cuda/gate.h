@@ -65,8 +65,8 @@ FLUTE_DEVICE bool second_of_pair(const GateCall& gate, void* workspace, uint32_t
   threadfence();
   unsigned* const counter = static_cast<unsigned*>(workspace) + kGateCounters + tile % gate.pairs;
   const bool second = atomic_add(counter, 1) == 1;
-  if (second) *counter = 0;  // for the next call
   threadfence();
+  if (second) *counter = 0;  // for the next call
   return second;
 }
 

@@ -17,11 +17,13 @@
 //   HMMA / FFMA / FMUL                                  16/16/8  16/16/8  16/16/8
 //   instructions, four a cycle                              277      265      179
 //
-// Not measured: the rates are the programming guide's for 9.0. A multiprocessor's share of 4.3 TB/s (132 of them at 1.75 GHz) is
-// 18.6 bytes a cycle, a block of 4, 3, 2 bits in 110, 83, 55 cycles, and shared memory takes 108, 100, 92: it is the limit.
+// Those rates are an H100's (measured but for the two a cycle of LOP3, SHF and PRMT together). At 3 TB/s a multiprocessor (of 132, at
+// 1.85 GHz) gets 12.3 bytes a cycle, a block of 4, 3, 2 bits in 177, 133, 90 cycles. There the kernel executed 590 instructions a
+// block, not 277: every thread's copies, and what a tile costs besides. Hence lut_mma_bulk.cuh, which Hopper takes wherever it can.
 #pragma once
 
 #include <cstdio>
+#include <type_traits>
 
 #include "decode.h"
 #include "gate.h"
@@ -79,8 +81,8 @@ struct MmaPlace {
   int first_row, rows;  // of y, of this tile
 };
 
-template <class Tile, class Parameters>
-FLUTE_DEVICE uint32_t count_tiles(const Parameters& p) {
+template <class Tile>
+FLUTE_DEVICE uint32_t count_tiles(const MmaParameters& p) {
   uint32_t row_tiles = 0;
   FLUTE_ROLLED
   for (int s = 0; s < p.w.n_shards; ++s) {
@@ -88,22 +90,25 @@ FLUTE_DEVICE uint32_t count_tiles(const Parameters& p) {
   }
   return row_tiles * p.token_tiles;
 }
-template <class Tile, class Parameters>
-FLUTE_DEVICE MmaPlace locate(const Parameters& p, uint32_t tile) {
-  int row_tile = int(tile / uint32_t(p.token_tiles));
-  const int token = int(tile % uint32_t(p.token_tiles)) * Tile::kTokens;
+template <int kStrips>  // of a tile
+FLUTE_DEVICE MmaPlace locate_rows(const Packed& w, const uint8_t* packed, int row_tile, int token) {
   FLUTE_ROLLED
   for (int s = 0;; ++s) {
-    const Shard h = shard_of(p.w, p.packed, s);
-    const int tiles = (h.strips + Tile::kRowWarps - 1) / Tile::kRowWarps;
+    const Shard h = shard_of(w, packed, s);
+    const int tiles = (h.strips + kStrips - 1) / kStrips;
     if (row_tile >= tiles) {
       row_tile -= tiles;
       continue;
     }
-    const int strip = row_tile * Tile::kRowWarps, left = h.strips - strip;
-    return {s, h.first_strip + strip, left < Tile::kRowWarps ? left : Tile::kRowWarps, token, h.first_row + strip * kStripRows,
+    const int strip = row_tile * kStrips, left = h.strips - strip;
+    return {s, h.first_strip + strip, left < kStrips ? left : kStrips, token, h.first_row + strip * kStripRows,
             h.rows - strip * kStripRows};
   }
+}
+template <class Tile>
+FLUTE_DEVICE MmaPlace locate(const MmaParameters& p, uint32_t tile) {
+  const int token = int(tile % uint32_t(p.token_tiles)) * Tile::kTokens;
+  return locate_rows<Tile::kRowWarps>(p.w, p.packed, int(tile / uint32_t(p.token_tiles)), token);
 }
 template <class Parameters>
 FLUTE_DEVICE int group_of(const Parameters& p, int input) {
@@ -169,25 +174,18 @@ struct MmaLoader {
   }
 };
 
-// Adds the products of one block to a warp's sums. acc[u][t] are C's registers of unit u and tokens 8t .. 8t + 7; `block`
-// is where its codes are, load_x(b) gives B's registers of all steps, b[t][s / 2][s % 2 * 2] and the next, scales_of(s) where
-// the lane's eight scales of step s are. With kSmallGroups these change within the block.
-template <int kBits, int kRowBytes, bool kF16, bool kSmallGroups, int kTokenTiles, class LoadX, class ScalesOf>
-FLUTE_DEVICE void multiply_block(uint32_t table, float to_weight, int scale_f16, uint32_t block, const LoadX& load_x,
-                                 const ScalesOf& scales_of, float (&acc)[4][kTokenTiles][4]) {
-  const int lane = lane_id();
-  const uint32_t copy = lane_copy<kBits>(lane);
-  uint32_t codes[4 * kBits];
-  FLUTE_UNROLL
-  for (int v = 0; v < kBits; ++v) {
-    const Words4 four = lds128(block + v * kVectorBytes + lane * 16);
-    FLUTE_UNROLL
-    for (int i = 0; i < 4; ++i) codes[4 * v + i] = four.w[i];
-  }
+// Adds the products of a block's units, of which a warp has all four or, of half a strip, two, to its sums: acc[u][t] are C's
+// registers of unit u and tokens 8t .. 8t + 7. `codes` are what fragment() wants of them, load_x(b) gives B's registers of all
+// steps, b[t][s / 2][s % 2 * 2] and the next, scales_of(s) where the lane's scales of step s and the first unit are. With
+// kSmallGroups these change within the block.
+template <int kBits, int kRowBytes, bool kF16, bool kSmallGroups, int kUnits, int kTokenTiles, class LoadX, class ScalesOf>
+FLUTE_DEVICE void multiply_block(uint32_t table, float to_weight, int scale_f16, const uint32_t (&codes)[4 * kBits],
+                                 const LoadX& load_x, const ScalesOf& scales_of, float (&acc)[kUnits][kTokenTiles][4]) {
+  const uint32_t copy = lane_copy<kBits>(lane_id());
   uint32_t b[kTokenTiles][2][4];
   load_x(b);
   FLUTE_UNROLL
-  for (int u = 0; u < 4; ++u) {
+  for (int u = 0; u < kUnits; ++u) {
     float sum[kTokenTiles][4] = {};
     FLUTE_UNROLL
     for (int s = 0; s < 4; ++s) {
@@ -212,6 +210,27 @@ FLUTE_DEVICE void multiply_block(uint32_t table, float to_weight, int scale_f16,
         }
       }
     }
+  }
+}
+// A lane's codes of a block at shared address `block`: of all its units, or of those of half a strip as unit 0 and 1.
+template <int kBits, int kUnits>
+FLUTE_DEVICE void load_units(uint32_t block, int half, uint32_t (&codes)[4 * kBits]) {
+  constexpr int kVectors = kBits == 3 ? 2 : kBits, kMine = kUnits == 4 ? kVectors : kVectors / 2;  // whole, or lower bits
+  const uint32_t lane = block + lane_id() * 16;
+  FLUTE_UNROLL
+  for (int v = 0; v < kMine; ++v) {
+    const Words4 four = lds128(lane + (half * kMine + v) * kVectorBytes);
+    FLUTE_UNROLL
+    for (int i = 0; i < 4; ++i) codes[4 * v + i] = four.w[i];
+  }
+  if constexpr (kBits == 3 && kUnits == 4) {
+    const Words4 upper = lds128(lane + 2 * kVectorBytes);
+    FLUTE_UNROLL
+    for (int i = 0; i < 4; ++i) codes[8 + i] = upper.w[i];
+  } else if constexpr (kBits == 3) {
+    const Words2 upper = lds64(lane + 2 * kVectorBytes + half * 8);
+    codes[8] = upper.w[0];
+    codes[9] = upper.w[1];
   }
 }
 
@@ -253,8 +272,8 @@ FLUTE_DEVICE void add_input_warps(uint32_t buffer, int thread, const float (&acc
   }
 }
 
-template <bool kF16, class Tile, class Parameters>
-FLUTE_DEVICE void write_tile(const Parameters& p, const MmaPlace& at, int thread, const float (&own)[Tile::kValues]) {
+template <bool kF16, class Tile>
+FLUTE_DEVICE void write_tile(const MmaParameters& p, const MmaPlace& at, int thread, const float (&own)[Tile::kValues]) {
   const int lane = thread % 32, warp = thread / 32;
   const int first = warp / Tile::kInputWarps * kStripRows + warp % Tile::kInputWarps * Tile::kUnits * kUnitRows + lane / 4;
   FLUTE_UNROLL
@@ -320,7 +339,6 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
       stage = stage == last_stage ? first_stage : stage + p.stage_bytes;
       const int slice = int(item - tile * slices);
       if (!active || slice * Tile::kInputWarps + input_warp >= p.w.blocks) continue;
-      const uint32_t codes = stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits));
       const uint32_t x = stage + codes_bytes<kBits, Tile>();
       const auto load_x = [&](uint32_t(&b)[Tile::kTokenTiles][2][4]) {
         const int lane = lane_id();
@@ -337,11 +355,14 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
         const int input = (slice * Tile::kInputWarps + input_warp) * kBlockInputs + s * kStepInputs;
         return scales + (group_of(p, input) - first_group) * kScaleRowBytes;
       };
-      if (p.group_shift < 6) {  // 64 inputs, a block
-        multiply_block<kBits, mma_row(kBits), kF16, true>(table, to_weight, p.w.scale_f16, codes, load_x, scales_of, acc);
-      } else {
-        multiply_block<kBits, mma_row(kBits), kF16, false>(table, to_weight, p.w.scale_f16, codes, load_x, scales_of, acc);
-      }
+      const auto multiply = [&](auto small_groups) {
+        uint32_t codes[4 * kBits];
+        load_units<kBits, 4>(stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits)), 0, codes);
+        multiply_block<kBits, mma_row(kBits), kF16, small_groups.value, 4>(table, to_weight, p.w.scale_f16, codes, load_x,
+                                                                           scales_of, acc);
+      };
+      if (p.group_shift < 6) multiply(std::true_type{});  // 64 inputs, a block
+      else multiply(std::false_type{});
     }
     static_assert(codes_bytes<kBits, Tile>() + Tile::kXBytes >= kMmaWarps * Tile::kUnitBytes, "sums pass through the last stage");
     float own[Tile::kValues];

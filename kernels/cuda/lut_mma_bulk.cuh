@@ -1,17 +1,19 @@
-// K1 where there are bulk copies (Hopper), for at most 8 tokens: the products of lut_mma.cuh, with other loads and other tiles.
+// K1 where there are bulk copies (Hopper), for at most 32 tokens: the products of lut_mma.cuh, with other loads and other tiles.
 //
 // Measured on an H100 (132 multiprocessors, 1.85 GHz; an empty kernel in a graph takes 1 us), what costs there besides bytes, of
 // which the shape below is made:
 //
 //   Requests  The copy engine takes one in 36 cycles, whatever its size: 16 warps that fetch their own blocks, three requests
-//             each, begin 5000 cycles late. So one thread brings an item for all warps in five requests.
-//   Table     Built from single loads of the codebook it took 5000 cycles; by shuffles it waits for memory once (decode.h). One for a
-//             multiprocessor, its rows 256 bytes apart: a lookup's address is one byte permutation.
+//             each, begin 5000 cycles late. So one thread brings an item for all warps in five requests, the first before
+//             anything else.
+//   Table     Built from single loads of the codebook it took 5000 cycles; by shuffles it waits for memory once (decode.h). One
+//             for a multiprocessor, its rows 256 bytes apart: a lookup's address is one byte permutation.
 //   Sums      Eight barriers for a strip's warps took 1500 cycles; now all write, one barrier, and one warp a unit adds.
-//   Sharing   Fences and counters take 2800 cycles, so what others have to do with, parts of tiles and pairs of a gate, waits
+//   Sharing   Fences and counters take 2500 cycles, so what others have to do with, parts of tiles and pairs of a gate, waits
 //             until this CTA's own work is done: at most two tiles of a CTA are shared.
 //
-// An item is 128 rows (two strips) x 512 inputs: each of 16 warps has one block of 64 x 64 weights of it.
+// A tile is two strips of 64 rows x 8, 16 or 32 tokens, an item a slice of it along K, of which each of 16 warps has one block of
+// 64 inputs: of 64 rows, or, for 32 tokens, of 32 rows, whose sums and x are what a thread's registers hold.
 #pragma once
 
 #include "lut_mma.cuh"
@@ -22,15 +24,24 @@ namespace flute::cuda {
 constexpr int kBulkWarps = 16, kBulkConsumers = kBulkWarps * 32, kBulkThreads = kBulkConsumers + 128;
 // At launch a thread has 65536 / 640 registers, rounded down to a multiple of 8: 96. The sum must stay.
 constexpr int kBringerRegisters = 32, kMultiplierRegisters = 112;
-static_assert(128 * kBringerRegisters + kBulkConsumers * kMultiplierRegisters <= kBulkThreads * 96, "setmaxnreg would wait forever");
-constexpr int kBulkTokens = 8, kBulkRowWarps = 2, kBulkInputWarps = kBulkWarps / kBulkRowWarps;
-constexpr int kBulkInputs = kBulkInputWarps * kBlockInputs;
-constexpr int kBulkOwners = kBulkRowWarps * 4;  // warps that have a unit of a tile's sums at the end
-constexpr int kBulkStages = 8;                  // at most
-constexpr int kBulkBarrier = 1;                 // of the consumers
+static_assert(128 * kBringerRegisters + kBulkConsumers * kMultiplierRegisters <= kBulkThreads * 96,
+              "setmaxnreg would wait forever");
+constexpr int kBulkStages = 8;   // at most
+constexpr int kBulkBarrier = 1;  // of the consumers
+constexpr int kBulkStrips = 2;   // of a tile
 
+template <int kTokensOf>
 struct BulkTile {
-  static constexpr int kTokens = kBulkTokens, kRowWarps = kBulkRowWarps;  // for locate()
+  static constexpr int kTokens = kTokensOf, kTokenTiles = kTokens / 8;
+  static constexpr int kHalves = kTokens == 32 ? 2 : 1;  // warps that share a strip
+  static constexpr int kUnits = 4 / kHalves;             // of a strip that each has
+  static constexpr int kRowWarps = kBulkStrips * kHalves, kInputWarps = kBulkWarps / kRowWarps;
+  // Warps add up in rounds of some tiles of 8 tokens. At its end warp (row warp, input warp i) owns unit i % kUnits of tile
+  // i / kUnits of a round, where there is one: of each round, or of round i / kUnits where a round has one tile.
+  static constexpr int kRoundTiles = kTokenTiles == 4 ? 2 : 1, kRounds = kTokenTiles / kRoundTiles;
+  static constexpr int kOwners = kTokens == 8 ? kBulkWarps / 2 : kBulkWarps, kOwned = kTokens == 32 ? 2 : 1;
+  static constexpr int kWarpSums = kUnits * kRoundTiles * kVectorBytes, kSums = kBulkWarps * kWarpSums;
+  static constexpr size_t kPartBytes = size_t(kOwners) * 32 * kOwned * sizeof(Words4);  // of a tile, in the workspace
 };
 
 struct BulkCall {
@@ -41,7 +52,6 @@ struct BulkCall {
   uint16_t* y;
   void* workspace;
   int m;
-  int token_tiles;  // 1
   int group_shift;  // as MmaParameters has it
   int item_groups;  // rows of scales of an item and strip, at most
   int stages;
@@ -51,113 +61,159 @@ struct BulkCall {
 
 // Shared memory: the table; the stages, each x in blocks, codes and scales of both strips; what warps add up through; two
 // flags; for each stage a barrier that it is full and one that it is empty.
-template <int kBits>
+template <int kBits, class Tile>
 struct BulkShared {
   static constexpr int kTable = table_bytes(kBits, kWideRow), kBlock = int(block_bytes(kBits));
-  static constexpr int kXBlock = kBulkTokens * kBlockInputs * 2, kX = kBulkInputWarps * kXBlock;
-  static constexpr int kStripCodes = kBulkInputWarps * kBlock, kCodes = kBulkRowWarps * kStripCodes;
-  static constexpr int kWarpSums = 4 * kVectorBytes, kSums = kBulkWarps * kWarpSums, kFlags = 16;
-  static_assert(kTable % 1024 == 0 && (kX + kCodes) % 1024 == 0, "x is aligned to what the 128-byte swizzle repeats after");
+  static constexpr int kXBlock = Tile::kTokens * kBlockInputs * 2, kX = Tile::kInputWarps * kXBlock;
+  static constexpr int kStripCodes = Tile::kInputWarps * kBlock, kFlags = 16;
+  static_assert(kTable % 1024 == 0 && kX % 1024 == 0, "x is aligned to what the 128-byte swizzle repeats after");
 
   static FLUTE_HD int stage_bytes(int groups) {
-    return (kX + kCodes + kBulkRowWarps * groups * kScaleRowBytes + 1023) / 1024 * 1024;
+    return (kX + kBulkStrips * (kStripCodes + groups * kScaleRowBytes) + 1023) / 1024 * 1024;
   }
-  static int bytes(int stages, int groups) { return kTable + stages * (stage_bytes(groups) + 16) + kSums + kFlags; }
+  static int bytes(int stages, int groups) { return kTable + stages * (stage_bytes(groups) + 16) + Tile::kSums + kFlags; }
 
   uint32_t table, stages, stage_size, sums, flags, full, empty;
   FLUTE_DEVICE BulkShared(int n, int groups)
       : table(shared_base()), stages(table + kTable), stage_size(uint32_t(stage_bytes(groups))), sums(stages + n * stage_size),
-        flags(sums + kSums), full(flags + kFlags), empty(full + n * 8) {}
+        flags(sums + Tile::kSums), full(flags + kFlags), empty(full + n * 8) {}
   FLUTE_DEVICE uint32_t x(int stage) const { return stages + stage * stage_size; }
   FLUTE_DEVICE uint32_t codes(int stage, int strip) const { return x(stage) + kX + strip * kStripCodes; }
-  FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const { return x(stage) + kX + kCodes + strip * groups * kScaleRowBytes; }
+  FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const {
+    return x(stage) + kX + kBulkStrips * kStripCodes + strip * groups * kScaleRowBytes;
+  }
 };
 
-// One thread's work: brings items, at most all stages ahead.
-template <int kBits>
-FLUTE_DEVICE void bring_items(const BulkCall& p, const BulkShared<kBits>& at, uint32_t begin, uint32_t end) {
-  const uint32_t slices = p.work.slices;
-  uint32_t tile = begin / slices, slice = begin - tile * slices, parity = 1;
-  MmaPlace place = locate<BulkTile>(p, tile);
-  int stage = 0;
-  FLUTE_ROLLED
-  for (uint32_t item = begin; item < end; ++item) {
-    const int block = int(slice) * kBulkInputWarps, blocks = p.w.blocks - block < kBulkInputWarps ? p.w.blocks - block : kBulkInputWarps;
-    const int group = group_of(p, block * kBlockInputs), left = p.w.groups - group;
-    const uint32_t scale_bytes = uint32_t(left < p.item_groups ? left : p.item_groups) * kScaleRowBytes, code_bytes = blocks * at.kBlock;
+FLUTE_DEVICE MmaPlace locate(const BulkCall& p, uint32_t tile) { return locate_rows<kBulkStrips>(p.w, p.packed, int(tile), 0); }
+
+// One thread's work: brings a CTA's items one after another, at most all stages ahead.
+template <int kBits, class Tile>
+struct Bringer {
+  uint32_t left, tile, slice, parity = 1;  // items left
+  int stage = 0, strip, strips;            // few registers: no MmaPlace
+
+  FLUTE_DEVICE Bringer(const BulkCall& p, uint32_t cta) {
+    const uint32_t begin = first_item(p.work, cta);
+    left = first_item(p.work, cta + 1) - begin;
+    tile = begin / p.work.slices;
+    slice = begin - tile * p.work.slices;
+    enter(p);
+  }
+  FLUTE_DEVICE void enter(const BulkCall& p) {
+    const MmaPlace place = locate(p, tile);
+    strip = place.strip;
+    strips = place.strips;
+  }
+  FLUTE_DEVICE void bring(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+    if (slice == p.work.slices) {
+      slice = 0;
+      ++tile;
+      enter(p);
+    }
+    constexpr int kBlocks = Tile::kInputWarps;
+    const int block = int(slice) * kBlocks, blocks = p.w.blocks - block < kBlocks ? p.w.blocks - block : kBlocks;
+    const int group = group_of(p, block * kBlockInputs), groups = p.w.groups - group;
+    const uint32_t scale_bytes = uint32_t(groups < p.item_groups ? groups : p.item_groups) * kScaleRowBytes;
+    const uint32_t code_bytes = blocks * at.kBlock;
     const uint32_t full = at.full + stage * 8;
     mbarrier_wait(at.empty + stage * 8, parity);
-    mbarrier_arrive_expect(full, at.kX + place.strips * (code_bytes + scale_bytes));
+    mbarrier_arrive_expect(full, at.kX + strips * (code_bytes + scale_bytes));
     FLUTE_ROLLED
-    for (int s = 0; s < place.strips; ++s) {
-      bulk_load(at.codes(stage, s), block_codes(p.w, p.packed, place.strip + s, block), code_bytes, full);
-      bulk_load(at.scales(stage, s, p.item_groups), strip_scales(p.w, p.packed, place.strip + s, group), scale_bytes, full);
+    for (int s = 0; s < strips; ++s) {
+      const uint32_t codes = uint32_t((strip + s) * p.w.blocks + block), scales = uint32_t((strip + s) * p.w.groups + group);
+      bulk_load(at.codes(stage, s), p.packed + p.w.codes_offset + uint64_t(codes) * at.kBlock, code_bytes, full);
+      bulk_load(at.scales(stage, s, p.item_groups), p.packed + p.w.scales_offset + uint64_t(scales) * kScaleRowBytes, scale_bytes,
+                full);
     }
-    tensor_load_blocks<kBulkInputWarps>(at.x(stage), &p.x, block, 0, full);
+    tensor_load_blocks<kBlocks>(at.x(stage), &p.x, block, 0, full);
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
     }
-    if (++slice == slices && item + 1 < end) {
-      slice = 0;
-      place = locate<BulkTile>(p, ++tile);
+    ++slice;
+    --left;
+  }
+};
+
+// Where a consumer warp is, and, of those that own something, its number.
+template <class Tile>
+struct BulkWarp {
+  int row, input, strip, half;
+  FLUTE_DEVICE explicit BulkWarp(int warp)
+      : row(warp / Tile::kInputWarps), input(warp % Tile::kInputWarps), strip(row / Tile::kHalves), half(row % Tile::kHalves) {}
+  FLUTE_DEVICE bool owns() const { return Tile::kOwners == kBulkWarps || input < Tile::kUnits; }
+  FLUTE_DEVICE int number() const {
+    return Tile::kOwners == kBulkWarps ? row * Tile::kInputWarps + input : row * Tile::kUnits + input;
+  }
+};
+
+// Adds up the warps that have the same rows, always in the same order; own[r] are what the warp owns of round r.
+template <class Tile, class Sync>
+FLUTE_DEVICE void add_bulk_warps(uint32_t sums, const BulkWarp<Tile>& warp, int lane,
+                                 const float (&acc)[Tile::kUnits][Tile::kTokenTiles][4], float (&own)[Tile::kOwned * 4],
+                                 const Sync& sync) {
+  const uint32_t rows = sums + warp.row * Tile::kInputWarps * Tile::kWarpSums + lane * 16;
+  FLUTE_UNROLL
+  for (int round = 0; round < Tile::kRounds; ++round) {
+    sync();  // what was written before has been read
+    FLUTE_UNROLL
+    for (int u = 0; u < Tile::kUnits; ++u) {
+      FLUTE_UNROLL
+      for (int t = 0; t < Tile::kRoundTiles; ++t) {
+        const float* const c = acc[u][round * Tile::kRoundTiles + t];
+        sts128(rows + warp.input * Tile::kWarpSums + (t * Tile::kUnits + u) * kVectorBytes,
+               {{as_bits(c[0]), as_bits(c[1]), as_bits(c[2]), as_bits(c[3])}});
+      }
+    }
+    sync();
+    const bool mine = Tile::kRoundTiles > 1 || warp.input / Tile::kUnits == round;
+    if (!mine) continue;
+    const uint32_t first = rows + (Tile::kRoundTiles > 1 ? warp.input : warp.input % Tile::kUnits) * kVectorBytes;
+    float* const sum = own + (Tile::kOwned > 1 ? round * 4 : 0);
+    FLUTE_UNROLL
+    for (int i = 0; i < Tile::kInputWarps; ++i) {
+      const Words4 four = lds128(first + i * Tile::kWarpSums);
+      FLUTE_UNROLL
+      for (int j = 0; j < 4; ++j) sum[j] = (i ? sum[j] : 0) + as_f32(four.w[j]);
     }
   }
 }
 
-// Adds up the warps of a strip, always in the same order: unit u is input warp u's in the end.
-template <class Sync>
-FLUTE_DEVICE void add_bulk_warps(uint32_t sums, int warp, int lane, const float (&acc)[4][1][4], float (&own)[4], const Sync& sync) {
-  constexpr int kWarpBytes = 4 * kVectorBytes;
-  const int input_warp = warp % kBulkInputWarps;
-  sync();  // what was written before has been read
-  FLUTE_UNROLL
-  for (int u = 0; u < 4; ++u) {
-    const float* const c = acc[u][0];
-    sts128(sums + warp * kWarpBytes + u * kVectorBytes + lane * 16, {{as_bits(c[0]), as_bits(c[1]), as_bits(c[2]), as_bits(c[3])}});
-  }
-  sync();
-  if (input_warp >= 4) return;
-  const uint32_t first = sums + (warp - input_warp) * kWarpBytes + input_warp * kVectorBytes + lane * 16;
-  FLUTE_UNROLL
-  for (int i = 0; i < kBulkInputWarps; ++i) {
-    const Words4 four = lds128(first + i * kWarpBytes);
-    FLUTE_UNROLL
-    for (int j = 0; j < 4; ++j) own[j] = (i ? own[j] : 0) + as_f32(four.w[j]);
-  }
-}
-
-// Of a tile, the owners' unit: warp `owner` of kBulkOwners.
-template <bool kF16>
-FLUTE_DEVICE void write_bulk_unit(const BulkCall& p, const MmaPlace& at, int owner, int lane, const float (&own)[4]) {
+// Of a tile, what a warp owns.
+template <bool kF16, class Tile>
+FLUTE_DEVICE void write_owned(const BulkCall& p, const MmaPlace& at, const BulkWarp<Tile>& warp, int lane,
+                              const float (&own)[Tile::kOwned * 4]) {
+  const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits;
   FLUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const int row = owner / 4 * kStripRows + owner % 4 * kUnitRows + lane / 4 + i * 8;
+    const int row = warp.strip * kStripRows + unit * kUnitRows + lane / 4 + i * 8;
     if (row >= at.rows) continue;
     const float bias = p.bias ? widen16<kF16>(p.bias[at.first_row + row]) : 0;
     FLUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int token = lane % 4 * 2 + j;
-      if (token < p.m) p.y[int64_t(token) * p.w.n + at.first_row + row] = round16<kF16>(own[2 * i + j] + bias);
+    for (int j = 0; j < Tile::kOwned * 2; ++j) {
+      const int token = (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2;
+      if (token < p.m) p.y[int64_t(token) * p.w.n + at.first_row + row] = round16<kF16>(own[j / 2 * 4 + 2 * i + j % 2] + bias);
     }
   }
 }
 
 // kFine: a block has more than one group.
-template <int kBits, bool kF16, bool kFine>
-FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits>& at, uint32_t cta, uint32_t begin, uint32_t end) {
+template <int kBits, bool kF16, bool kFine, class Tile>
+FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+  constexpr int kTokenTiles = Tile::kTokenTiles, kPartThreads = Tile::kOwners * 32;
   const auto sync = [] { barrier(kBulkBarrier, kBulkConsumers); };
-  const int warp = thread_id() / 32, lane = lane_id(), row_warp = warp / kBulkInputWarps, input_warp = warp % kBulkInputWarps;
-  const uint32_t slices = p.work.slices, first_tile = begin / slices, last_tile = (end - 1) / slices;
-  const int owner = row_warp * 4 + input_warp;  // where input_warp < 4
-  constexpr size_t kPartBytes = kBulkOwners * 32 * sizeof(Words4);
+  const int lane = lane_id();
+  const BulkWarp<Tile> warp(thread_id() / 32);
 
-  int table_shard = -1, stage = 0;
-  uint32_t parity = 0, item = begin;
+  // What can be computed again is not kept: registers are few.
+  const auto first_of = [&](int later) { return first_item(p.work, uint32_t(cta_id()) + later); };
+  uint32_t tile = first_of(0) / p.work.slices, left = first_of(1) - first_of(0);  // items
+  int slice = int(first_of(0) - tile * p.work.slices), table_shard = -1, stage = 0;
+  uint32_t parity = 0;
   float to_weight = 0;
   FLUTE_ROLLED
-  for (uint32_t tile = first_tile; tile <= last_tile; ++tile) {
-    const MmaPlace place = locate<BulkTile>(p, tile);
+  for (; left; ++tile, slice = 0) {
+    const MmaPlace place = locate(p, tile);
     if (place.shard != table_shard) {  // nobody reads the table now: warps met when they added up the tile before
       table_shard = place.shard;
       const float* const book = books(p.packed) + table_shard * 16;
@@ -166,25 +222,32 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits>& at, 
       to_weight = normal.to_weight;
       sync();
     }
-    float acc[4][1][4] = {};
-    const uint32_t tile_begin = tile * slices, tile_end = tile_begin + slices < end ? tile_begin + slices : end;
+    const bool active = warp.strip < place.strips;
+    float acc[Tile::kUnits][kTokenTiles][4] = {};
     FLUTE_ROLLED
-    for (; item < tile_end; ++item) {
-      const int block = int(item - tile_begin) * kBulkInputWarps + input_warp;
+    for (; left && slice < int(p.work.slices); ++slice, --left) {
+      const int block = slice * Tile::kInputWarps + warp.input;
       mbarrier_wait(at.full + stage * 8, parity);
-      if (row_warp < place.strips && block < p.w.blocks) {
-        const auto read_x = [&](uint32_t(&b)[1][2][4]) {
-          const uint32_t row = at.x(stage) + input_warp * at.kXBlock + lane % 8 * (kBlockInputs * 2);
-          ldmatrix4(row + (lane / 8 ^ lane % 8) * 16, b[0][0]);  // pieces of 16 bytes are swizzled by the row
-          ldmatrix4(row + ((lane / 8 + 4) ^ lane % 8) * 16, b[0][1]);
+      if (active && block < p.w.blocks) {
+        uint32_t codes[4 * kBits];
+        load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
+        const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
+          const uint32_t row = at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2);
+          // Swizzled by the row.
+          const uint32_t low = row + (lane / 8 ^ lane % 8) * 16, high = row + ((lane / 8 + 4) ^ lane % 8) * 16;
+          FLUTE_UNROLL
+          for (int t = 0; t < kTokenTiles; ++t) {
+            ldmatrix4(low + t * 8 * (kBlockInputs * 2), b[t][0]);
+            ldmatrix4(high + t * 8 * (kBlockInputs * 2), b[t][1]);
+          }
         };
-        const int first_group = group_of(p, (block - input_warp) * kBlockInputs);
-        const uint32_t scales = at.scales(stage, row_warp, p.item_groups) + lane / 4 * 16;
         const auto scales_of = [&](int s) {
-          return scales + (group_of(p, block * kBlockInputs + (kFine ? s * kStepInputs : 0)) - first_group) * kScaleRowBytes;
+          const int first = group_of(p, slice * Tile::kInputWarps * kBlockInputs);
+          const int group = group_of(p, block * kBlockInputs + (kFine ? s * kStepInputs : 0));
+          return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
+                 warp.half * Tile::kUnits * 4;
         };
-        multiply_block<kBits, kWideRow, kF16, kFine>(at.table, to_weight, p.w.scale_f16, at.codes(stage, row_warp) + input_warp * at.kBlock,
-                                                     read_x, scales_of, acc);
+        multiply_block<kBits, kWideRow, kF16, kFine>(at.table, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
       }
       syncwarp();  // every lane has read the stage
       if (lane == 0) mbarrier_arrive(at.empty + stage * 8);
@@ -193,18 +256,24 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits>& at, 
         parity ^= 1;
       }
     }
-    float own[4];
-    add_bulk_warps(at.sums, warp, lane, acc, own, sync);
-    if (input_warp >= 4) continue;
-    if (tile_begin >= begin && tile_begin + slices <= end) {
-      write_bulk_unit<kF16>(p, place, owner, lane, own);
+    float own[Tile::kOwned * 4] = {};
+    add_bulk_warps<Tile>(at.sums, warp, lane, acc, own, sync);
+    if (!warp.owns()) continue;
+    const uint32_t slices = p.work.slices;
+    if (tile * slices >= first_of(0) && (tile + 1) * slices <= first_of(1)) {
+      write_owned<kF16, Tile>(p, locate(p, tile), warp, lane, own);
     } else {
-      store_part<kBulkOwners * 32>(slot_of(p.workspace, Sharers(p.work, tile), cta, kPartBytes), owner * 32 + lane, own);
+      const Sharers sharers(p.work, tile);
+      store_part<kPartThreads>(slot_of(p.workspace, sharers, uint32_t(cta_id()), Tile::kPartBytes), warp.number() * 32 + lane,
+                               own);
     }
   }
 
   // Tiles that others have a part of: this CTA's first and its last.
   const int thread = fresh_thread_id();
+  const BulkWarp<Tile> owner(thread / 32);
+  const uint32_t slices = p.work.slices, begin = first_of(0), end = first_of(1);
+  const uint32_t first_tile = begin / slices, last_tile = (end - 1) / slices;
   const auto is_shared = [&](uint32_t tile) { return tile * slices < begin || (tile + 1) * slices > end; };
   sync();
   if (thread < 2) {
@@ -215,11 +284,11 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits>& at, 
   sync();
   FLUTE_ROLLED
   for (int i = 0; i < 2; ++i) {
-    if (!lds32(at.flags + i * 4) || input_warp >= 4) continue;
+    if (!lds32(at.flags + i * 4) || !owner.owns()) continue;
     const uint32_t tile = i ? last_tile : first_tile;
-    float own[4] = {};
-    add_parts<kBulkOwners * 32>(p.workspace, Sharers(p.work, tile), owner * 32 + lane, own);
-    write_bulk_unit<kF16>(p, locate<BulkTile>(p, tile), owner, lane, own);
+    float own[Tile::kOwned * 4] = {};
+    add_parts<kPartThreads>(p.workspace, Sharers(p.work, tile), owner.number() * 32 + thread % 32, own);
+    write_owned<kF16, Tile>(p, locate(p, tile), owner, thread % 32, own);
   }
   if (!p.gate.out) return;
 
@@ -238,60 +307,72 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits>& at, 
     FLUTE_ROLLED
     for (uint32_t tile = base; tile <= last_tile && tile < base + kBulkConsumers; ++tile) {
       if (!lds32(at.sums + (tile - base) * 4)) continue;
-      const MmaPlace place = locate<BulkTile>(p, tile);
-      multiply_pair_of_tiles<kF16, kBulkRowWarps * kStripRows, kBulkTokens, kBulkConsumers>(
+      const MmaPlace place = locate(p, tile);
+      multiply_pair_of_tiles<kF16, kBulkStrips * kStripRows, Tile::kTokens, kBulkConsumers>(
           p.gate, p.y, place.first_row - place.shard * p.gate.half, 0, thread);
     }
     sync();
   }
 }
 
-template <int kBits, bool kF16, bool kFine>
+template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
-  const uint32_t cta = uint32_t(cta_id());
-  const uint32_t begin = first_item(p.work, cta), end = first_item(p.work, cta + 1);
-  const BulkShared<kBits> at(p.stages, p.item_groups);
-  if (thread_id() == kBulkConsumers) {
-    prefetch_map(&p.x);
-    for (int i = 0; i < p.stages; ++i) {
-      mbarrier_init(at.full + i * 8, 1);
-      mbarrier_init(at.empty + i * 8, kBulkWarps);
-    }
-    fence_mbarrier_init();
-  }
-  barrier();
+  const BulkShared<kBits, Tile> at(p.stages, p.item_groups);
   if (thread_id() >= kBulkConsumers) {
+    Bringer<kBits, Tile> bringer(p, uint32_t(cta_id()));
+    const bool brings = thread_id() == kBulkConsumers;
+    if (brings) {
+      for (int i = 0; i < p.stages; ++i) {
+        mbarrier_init(at.full + i * 8, 1);
+        mbarrier_init(at.empty + i * 8, kBulkWarps);
+      }
+      fence_mbarrier_init();
+      bringer.bring(p, at);  // a CTA has an item at least
+    }
+    syncwarp();
+    barrier();
     give_registers<kBringerRegisters>();
-    if (thread_id() == kBulkConsumers) bring_items<kBits>(p, at, begin, end);
+    if (!brings) return;
+    FLUTE_ROLLED
+    while (bringer.left) bringer.bring(p, at);
   } else {
+    barrier();
     take_registers<kMultiplierRegisters>();
-    consume_items<kBits, kF16, kFine>(p, at, cta, begin, end);
+    consume_items<kBits, kF16, kFine, Tile>(p, at);
   }
 }
 
-template <int kBits, bool kF16>
+template <int kBits, bool kF16, class Tile>
 const char* launch_mma_bulk(const Gemm& g, int group_shift) {
-  using Shared = BulkShared<kBits>;
-  const int groups = g.w.groups > 1 ? kBulkInputs >> group_shift : 1;
-  const uint32_t slices = uint32_t(g.w.blocks + kBulkInputWarps - 1) / kBulkInputWarps, tiles = uint32_t(g.w.strip_pairs);
+  using Shared = BulkShared<kBits, Tile>;
+  const int groups = g.w.groups > 1 ? Tile::kInputWarps * kBlockInputs >> group_shift : 1;
+  const uint32_t slices = uint32_t(g.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, tiles = uint32_t(g.w.strip_pairs);
   if (int64_t(tiles) * slices > INT32_MAX) return "lut_mma: more weights than 32-bit work items can count";
   // Where it leaves less than a tenth of the CTAs idle, tiles are cut into equal parts, each one CTA's, as in lut_wgmma.cuh.
   uint32_t ctas = uint32_t(g.device.sms);
   const uint32_t parts = ctas / tiles;
   if (parts > 0 && slices % parts == 0 && 10 * tiles * parts >= 9 * ctas) ctas = tiles * parts;
-  BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), g.workspace, g.m, 1, group_shift,
-                groups, 0, share_work(tiles, slices, ctas), gate_of(g, kBulkRowWarps, kBulkTokens)};
+  BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), g.workspace, g.m,
+                group_shift, groups, 0, share_work(tiles, slices, ctas), gate_of(g, kBulkStrips, Tile::kTokens)};
   while (call.stages < kBulkStages && Shared::bytes(call.stages + 1, groups) <= g.device.shared_bytes) ++call.stages;
   if (call.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
-  if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, kBulkTokens, kBulkInputWarps, kF16)) return error;
-  const auto kernel = g.w.groups > 1 && group_shift < 6 ? lut_mma_bulk<kBits, kF16, true> : lut_mma_bulk<kBits, kF16, false>;
+  if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, Tile::kInputWarps, kF16)) return error;
+  const bool fine = g.w.groups > 1 && group_shift < 6;
+  const auto kernel = fine ? lut_mma_bulk<kBits, kF16, true, Tile> : lut_mma_bulk<kBits, kF16, false, Tile>;
   return launch(kernel, int(call.work.ctas), kBulkThreads, Shared::bytes(call.stages, groups), g.stream, call);
+}
+
+template <int kBits, bool kF16>
+const char* choose_bulk_tile(const Gemm& g, int group_shift) {
+  if (g.m <= 8) return launch_mma_bulk<kBits, kF16, BulkTile<8>>(g, group_shift);
+  if (g.m <= 16) return launch_mma_bulk<kBits, kF16, BulkTile<16>>(g, group_shift);
+  return launch_mma_bulk<kBits, kF16, BulkTile<32>>(g, group_shift);
 }
 
 // lut_mma_bulk_2.cu, _3, _4: for sm_90a alone, as lut_wgmma's.
 template <int kBits>
 const char* run_mma_bulk_bits(const Gemm& g, int group_shift) {
-  return g.f16 ? launch_mma_bulk<kBits, true>(g, group_shift) : launch_mma_bulk<kBits, false>(g, group_shift);
+  return g.f16 ? choose_bulk_tile<kBits, true>(g, group_shift) : choose_bulk_tile<kBits, false>(g, group_shift);
 }
 
 }  // namespace flute::cuda

@@ -102,6 +102,10 @@ FLUTE_DEVICE uint16_t round16(float f) {
   return kF16 ? f32_to_f16(f) : f32_to_bf16(f);
 }
 template <bool kF16>
+FLUTE_DEVICE uint32_t round_pair(float low, float high) {
+  return uint32_t(round16<kF16>(low)) | uint32_t(round16<kF16>(high)) << 16;
+}
+template <bool kF16>
 FLUTE_DEVICE float widen16(uint16_t h) {
   return kF16 ? f16_to_f32(h) : bf16_to_f32(h);
 }
@@ -219,6 +223,14 @@ FLUTE_DEVICE uint16_t round16(float f) {
   if constexpr (kF16) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
+}
+// Two values in 16 bits, the first in the lower half.
+template <bool kF16>
+FLUTE_DEVICE uint32_t round_pair(float low, float high) {
+  uint32_t d;
+  if constexpr (kF16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
 }
 template <bool kF16>
 FLUTE_DEVICE float widen16(uint16_t h) {

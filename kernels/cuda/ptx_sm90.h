@@ -68,10 +68,6 @@ FLUTE_DEVICE void wgmma(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b) {
 
 FLUTE_DEVICE void stmatrix4_transposed(uint32_t address, const uint32_t (&r)[4]) { simt::stmatrix4_transposed(address, r); }
 template <bool kF16>
-FLUTE_DEVICE uint32_t round_pair(float low, float high) {
-  return uint32_t(round16<kF16>(low)) | uint32_t(round16<kF16>(high)) << 16;
-}
-template <bool kF16>
 FLUTE_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
   uint32_t d = 0;
   for (int e = 0; e < 32; e += 16) {
@@ -254,14 +250,6 @@ FLUTE_DEVICE void stmatrix4_transposed(uint32_t address, const uint32_t (&r)[4])
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
-}
-// Two values in 16 bits, the first in the lower half.
-template <bool kF16>
-FLUTE_DEVICE uint32_t round_pair(float low, float high) {
-  uint32_t d;
-  if constexpr (kF16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
 }
 // Two products of 16-bit values, each rounded once.
 template <bool kF16>

@@ -1,5 +1,5 @@
 // Which GPU kernels exist, which of them a GPU can run with what was compiled in, and which one a call takes. Neither torch
-// nor CUDA: a GPU is its compute capability and its number of multiprocessors.
+// nor CUDA: a GPU is its compute capability.
 #pragma once
 
 #include <string>
@@ -30,7 +30,7 @@ struct Kernel {
 
 // The kernel for m tokens on a GPU: the named one, or with an empty name the dispatcher's choice. Throws std::invalid_argument
 // where the name is unknown or the kernel cannot run there or does not take the call.
-const Kernel& choose(const Packed& w, int64_t m, Dtype dtype, const std::string& name, int arch, int sms);
+const Kernel& choose(const Packed& w, int64_t m, Dtype dtype, const std::string& name, int arch);
 void count(const Kernel& kernel, const Packed& w, int64_t m);
 
 }  // namespace flute::cuda
@@ -42,4 +42,4 @@ FLUTE_EXPORT const char* flute_cuda_describe(int arch);
 FLUTE_EXPORT void flute_cuda_set_counters(void* page);
 FLUTE_EXPORT void flute_cuda_set_table(const void* table, int64_t lines);
 // The name of the kernel that a call would run; empty where the header or the dtype is not valid or no kernel runs there.
-FLUTE_EXPORT const char* flute_cuda_choose(const int64_t* header, int64_t m, int dtype, int arch, int sms);
+FLUTE_EXPORT const char* flute_cuda_choose(const int64_t* header, int64_t m, int dtype, int arch);

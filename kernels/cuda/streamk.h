@@ -61,8 +61,8 @@ FLUTE_DEVICE bool last_to_come(void* workspace, const Sharers& s) {
   threadfence();
   unsigned* const counter = static_cast<unsigned*>(workspace) + s.first;
   const bool complete = atomic_add(counter, 1) == s.last - s.first;
-  if (complete) *counter = 0;  // for the next call
   threadfence();
+  if (complete) *counter = 0;  // for the next call
   return complete;
 }
 // The sum of all parts, in the order of CTAs.

@@ -1,5 +1,6 @@
 // K1's own source, compiled for the CPU and run by simt.h's emulator, against a sum in double over the codes: ragged shapes,
-// every bit width, type, group and token tile, fused shards, much and little shared memory, many divisions of the work.
+// every bit width, type, group and token tile, fused shards, much and little shared memory, many divisions of the work, with
+// bulk copies (sm_90 and whole blocks of inputs) and without.
 // Usage: test_cuda_mma [few], where `few` is for sanitizers.
 #include "cuda_gemm.h"
 
@@ -38,11 +39,36 @@ void check_shapes(bool few) {
   }
 }
 
+// lut_mma_bulk.cuh: each of its tiles with all bits, types and sizes of groups, K that ends within an item and at its end, shards
+// that end within a tile, and more of them than travel with the call; few multiprocessors, as many as tiles, and many.
+void check_bulk(bool few) {
+  const Shape shapes[] = {{{200}, 192, 16},        {{72, 64, 8, 200, 16, 136}, 320, 64}, {{264}, 576, 32},
+                          {{128, 72}, 1088, 1088}, {{64, 8, 200}, 1024, 128},            {{40, 8, 64, 24, 8}, 768, 256},
+                          {{136}, 1088, 16}};
+  const int tokens[][3] = {{1, 7, 8}, {9, 13, 16}, {17, 30, 32}}, sms[] = {1, 2, 3, 7, 132};
+  size_t turn = 0;
+  for (const Shape& shape : shapes) {
+    for (int bits = 2; bits <= 4; ++bits) {
+      for (int f16 = 0; f16 < 2; ++f16) {
+        const Layer layer = make_layer(shape, bits, turn % 2, turn / 2 % 2 ? kAny : kWhole);
+        for (const auto& of_tile : tokens) {
+          const Device device = device_of(90, sms[turn % std::size(sms)]);
+          const Input in = make_input(layer, of_tile[turn / 3 % 3], f16);
+          run_and_check(layer, in, device, turn % 4 == 0, turn, "bulk, " + describe_case(layer, shape, in, device));
+          ++turn;
+        }
+        if (few) break;
+      }
+    }
+    ++turn;  // which numbers of tokens, scales and values meet which bits and types
+  }
+}
+
 // Whoever comes last adds up: the order in which CTAs run must not show. The division of work may, in the last bits.
 void check_orders(bool few) {
   const Shape shape{{200, 64}, 1088, 64};
   for (int bits = 2; bits <= 4; ++bits) {
-    for (int m : {1, 16, 40}) {
+    for (int m : {1, 16, 30, 40}) {  // the last without bulk copies
       const Layer layer = make_layer(shape, bits, false, kAny);
       const Input in = make_input(layer, m, m == 16);
       for (int sms : {2, 5, 11}) {
@@ -63,7 +89,7 @@ void check_orders(bool few) {
 void check_gates(bool few) {
   for (const Shape& shape : {Shape{{256, 256}, 192, 64}, Shape{{200, 200}, 320, 32}, Shape{{8, 8}, 64, 64}}) {
     for (int bits = 2; bits <= 4; ++bits) {
-      for (int m : {1, 9, 40}) {
+      for (int m : {1, 9, 30, 40}) {
         const Layer layer = make_layer(shape, bits, false, m == 9 ? kWhole : kAny);
         const Input in = make_input(layer, m, bits == 3);
         for (int sms : {1, 3, 132}) {
@@ -82,21 +108,24 @@ void check_gates(bool few) {
 
 // What is not finite stays in its token; codebooks beyond what fp16 can hold do not overflow or vanish.
 void check_values() {
-  const Shape shape{{72, 64}, 200, 200};
-  for (int bits = 2; bits <= 4; ++bits) {
-    for (bool f16 : {false, true}) {
-      const Layer layer = make_layer(shape, bits, f16, kAny);
-      Input in = make_input(layer, 5, f16);
-      set_input(in, 1 * 200 + 3, INFINITY);
-      set_input(in, 3 * 200 + 199, NAN);
-      const Device device = device_of(90, 3);
-      const std::string name = "special values, " + describe_case(layer, shape, in, device);
-      run_and_check(layer, in, device, true, 7, name);
-      for (float size : {1e30f, 1e-30f, 1e-38f}) {
-        const Layer extreme = make_layer(shape, bits, false, kAny, size, 1 / size);
-        const Input plain = make_input(extreme, 9, f16);
-        const std::string book = "codebook of 2^" + std::to_string(std::ilogb(size)) + ", ";
-        run_and_check(extreme, plain, device, false, 8, book + describe_case(extreme, shape, plain, device));
+  for (const int k : {200, 192}) {  // without bulk copies, and with them
+    const Shape shape{{72, 64}, k, k};
+    for (int bits = 2; bits <= 4; ++bits) {
+      for (bool f16 : {false, true}) {
+        const int m = (bits + f16) % 3 * 8 + 5;  // of each tile
+        const Layer layer = make_layer(shape, bits, f16, kAny);
+        Input in = make_input(layer, m, f16);
+        set_input(in, 1 * k + 3, INFINITY);
+        set_input(in, 3 * k + k - 1, NAN);
+        const Device device = device_of(90, 3);
+        const std::string name = "special values, " + describe_case(layer, shape, in, device);
+        run_and_check(layer, in, device, true, 7, name);
+        for (float size : {1e30f, 1e-30f, 1e-38f}) {
+          const Layer extreme = make_layer(shape, bits, false, kAny, size, 1 / size);
+          const Input plain = make_input(extreme, 9, f16);
+          const std::string book = "codebook of 2^" + std::to_string(std::ilogb(size)) + ", ";
+          run_and_check(extreme, plain, device, false, 8, book + describe_case(extreme, shape, plain, device));
+        }
       }
     }
   }
@@ -127,6 +156,7 @@ void check_refusals() {
 int main(int argc, char** argv) {
   const bool few = argc > 1 && std::string(argv[1]) == "few";
   check_shapes(few);
+  check_bulk(few);
   check_orders(few);
   check_gates(few);
   check_values();

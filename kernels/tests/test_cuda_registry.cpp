@@ -61,11 +61,13 @@ static void check_headers() {
     header[each.field] = each.value;
     const std::string why = refusal([&] { read_layer(header.data(), int64_t(header.size())); });
     expect(has(why, each.why) && !has(why, "\n"), std::string(each.why) + ", found: " + why);
-    expect(std::string(flute_cuda_choose(header.data(), 1, kBf16, 90, 132)).empty() || each.field == kFieldShards, each.why);
+    expect(std::string(flute_cuda_choose(header.data(), 1, kBf16, 90)).empty() || each.field == kFieldShards, each.why);
   }
 }
 
-static std::string chosen(const Packed& w, int64_t m, Dtype dtype, int arch, const std::string& name = "") { return choose(w, m, dtype, name, arch, 100).name; }
+static std::string chosen(const Packed& w, int64_t m, Dtype dtype, int arch, const std::string& name = "") {
+  return choose(w, m, dtype, name, arch).name;
+}
 
 static void check_default() {
   for (int arch : {80, 86, 89, 90, 100, 120, 121}) {
@@ -77,9 +79,9 @@ static void check_default() {
           const std::string name = chosen(weights(bits), m, dtype, arch);
           if (seen.empty() || seen.back() != name) seen.push_back(name);
           if (m <= 32) expect(name == "mma", "up to 32 tokens");
-          if (m > 32 && m <= 256 && arch == 90) expect(name == "wgmma", "33 to 256 tokens on Hopper");
+          if (m > 32 && arch == 90) expect(name == (m <= 2048 ? "wgmma" : "dequantize-cublas"), "more than 32 tokens on Hopper");
           if (m > 32 && m <= 64 && arch != 90) expect(name == "mma", "33 to 64 tokens elsewhere");
-          if (m >= 1024) expect(name == "dequantize-cublas", "many tokens");
+          if (m >= 1024 && arch != 90) expect(name == "dequantize-cublas", "many tokens");
         }
         expect(seen == (arch == 90 ? std::vector<std::string>{"mma", "wgmma", "dequantize-cublas"} : std::vector<std::string>{"mma", "dequantize-cublas"}),
                "sm_" + std::to_string(arch));
@@ -108,7 +110,7 @@ static void check_names() {
                  {"mma", 75, kBf16, "compute capability 7.5 is older than 8.0"},
                  {"", 103, kBf16, "the library has no code for sm_103 (it has 80 89 90a 100a 120)"}};
   for (const auto& each : refused) {
-    const std::string why = refusal([&] { choose(w, 1, each.dtype, each.name, each.arch, 100); });
+    const std::string why = refusal([&] { choose(w, 1, each.dtype, each.name, each.arch); });
     expect(has(why, each.why), std::string(each.why) + ", found: " + why);
   }
 }
@@ -131,8 +133,8 @@ static void check_counters() {
   uint64_t page[kSlots][kBuckets][kFields] = {};
   flute_cuda_set_counters(page);
   const Packed w = weights(4);
-  count(choose(w, 33, kBf16, "mma", 90, 100), w, 33);
-  count(choose(w, 33, kBf16, "dequantize-cublas", 90, 100), w, 33);
+  count(choose(w, 33, kBf16, "mma", 90), w, 33);
+  count(choose(w, 33, kBf16, "dequantize-cublas", 90), w, 33);
   expect(page[20][5][kCalls] == 1 && page[20][5][kTokens] == 33 && page[20][5][kBytes] == uint64_t(2 * w.bytes), "mma reads weights for 32 tokens");
   expect(page[22][5][kCalls] == 1 && page[22][5][kBytes] == uint64_t(w.bytes), "dequantize reads them once");
 }

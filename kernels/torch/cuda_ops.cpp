@@ -136,7 +136,7 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const Tensor& header,
   check(m <= INT32_MAX, "x has more than 2^31 - 1 tokens");
 
   const Current current(input);
-  const Kernel& kernel = named([&]() -> const Kernel& { return choose(w, m, dtype, kernel_name, current.device().arch, current.device().sms); });
+  const Kernel& kernel = named([&]() -> const Kernel& { return choose(w, m, dtype, kernel_name, current.device().arch); });
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = n;
   Tensor output = torch::stable::new_empty(input, sizes);

@@ -43,7 +43,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         getattr(native, name).restype = ctypes.c_char_p
     native.flute_cuda_describe.argtypes = [ctypes.c_int]
     native.flute_cuda_device.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_int)]
-    native.flute_cuda_choose.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    native.flute_cuda_choose.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     native.flute_cuda_set_counters.argtypes = [ctypes.c_void_p]
     native.flute_cuda_set_table.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     native.flute_cuda_register.restype = None
@@ -108,13 +108,13 @@ def layout(codebooks: torch.Tensor, one_scale: bool = False) -> int:
 
 def choose(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:
     """The name of the kernel that the dispatcher takes for M tokens of this dtype on this GPU."""
-    return choose_for(header, m, dtype, gpu().arch, gpu().multiprocessors)
+    return choose_for(header, m, dtype, gpu().arch)
 
 
-def choose_for(header: torch.Tensor, m: int, dtype: torch.dtype, arch: int, multiprocessors: int) -> str:
+def choose_for(header: torch.Tensor, m: int, dtype: torch.dtype, arch: int) -> str:
     """`choose` for another GPU."""
     code = table.DTYPES[str(dtype).removeprefix("torch.")]
-    return _load()[0].flute_cuda_choose(header.data_ptr(), m, code, arch, multiprocessors).decode()
+    return _load()[0].flute_cuda_choose(header.data_ptr(), m, code, arch).decode()
 
 
 # ---- the measured table ----

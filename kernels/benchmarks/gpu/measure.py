@@ -45,7 +45,7 @@ SHAPES += ((8192, 28672), (4096, 14336), (10240, 8192), (6144, 4096))
 TOKENS = ((1, 16, 32, 64, 1024), (2, 4, 8, 128, 256, 512, 4096))  # in two passes over the shapes
 GROUP_64 = ((8192, 8192), (1, 16, 64, 1024))  # with groups of 64 too
 # The fewest and most tokens that each kernel is timed for; the dispatcher's choice is timed wherever it is.
-TIMED = {"mma": (1, 128), "wgmma": (1, 1024), "dequantize-cublas": (16, 4096), "triton": (1, 1024), "portable": (1, 1)}
+TIMED = {"mma": (1, 64), "wgmma": (9, 4096), "dequantize-cublas": (64, 4096), "triton": (1, 1024), "portable": (1, 1)}
 PEER_SECONDS = 40  # that preparing one peer (its own compiler or tuning) may take in all
 
 DRY_SHAPES, DRY_TOKENS = ((32, 128), (40, 128)), ((1, 8), (3,))
