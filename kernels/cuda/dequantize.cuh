@@ -26,8 +26,8 @@
 //   F2FP / FMUL                              64/128   64/128   64/128
 //   instructions, four a cycle                  922      957      704
 //
-// An H100's multiprocessor (132 of them at 1.85 GHz) has 12.3 bytes a cycle of 3 TB/s, a block in 800 to 900 cycles. Shared memory
-// takes 256, 252, 228 of them and instructions 231, 240, 176: memory is the limit, and the blocks of the 32 warps that a
+// An H100's multiprocessor (132 of them at 1.85 GHz) has 12.3 bytes a cycle of 3 TB/s, a block in 800 to 900 cycles. Shared
+// memory takes 256, 252, 228 of them and instructions 231, 240, 176: memory is the limit, and the blocks of the 32 warps that a
 // multiprocessor holds hide its latency without loads ahead of time. Measured: 28672 x 4096 of 4 bits in 103 us, 2.9 TB/s.
 #pragma once
 

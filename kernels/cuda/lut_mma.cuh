@@ -17,9 +17,10 @@
 //   HMMA / FFMA / FMUL                                  16/16/8  16/16/8  16/16/8
 //   instructions, four a cycle                              277      265      179
 //
-// Those rates are an H100's (measured but for the two a cycle of LOP3, SHF and PRMT together). At 3 TB/s a multiprocessor (of 132, at
-// 1.85 GHz) gets 12.3 bytes a cycle, a block of 4, 3, 2 bits in 177, 133, 90 cycles. There the kernel executed 590 instructions a
-// block, not 277: every thread's copies, and what a tile costs besides. Hence lut_mma_bulk.cuh, which Hopper takes wherever it can.
+// Those rates are an H100's (measured, but for the two a cycle of LOP3, SHF and PRMT together). At 3 TB/s a multiprocessor (of
+// 132, at 1.85 GHz) gets 12.3 bytes a cycle, a block of 4, 3, 2 bits in 177, 133, 90 cycles. There the kernel executed 590
+// instructions a block, not 277: every thread's copies, and what a tile costs besides. Hence lut_mma_bulk.cuh, which Hopper
+// takes wherever it can.
 #pragma once
 
 #include <cstdio>
