@@ -48,7 +48,8 @@ def test_types_are_the_packages_weights(kind, n, blocks, seed):
     t, exact = to_lut(rows, kind, "x")
     expected = torch.from_numpy(decode(rows, kind))
     assert (t.bits, t.group_size, t.shape) == (*TABLES[kind].spec, (n, k))
-    assert (t.offsets is not None) == TABLES[kind].affine and exact == (kind in EXACT)
+    # A few scales of a type that rounds them may happen to be 16-bit numbers.
+    assert (t.offsets is not None) == TABLES[kind].affine and (exact or kind in ROUNDED)
     if exact:
         assert torch.equal(t.dequantize(), expected)
     else:
