@@ -348,12 +348,8 @@ const char* launch_mma_bulk(const Gemm& g, int group_shift) {
   const int groups = g.w.groups > 1 ? Tile::kInputWarps * kBlockInputs >> group_shift : 1;
   const uint32_t slices = uint32_t(g.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, tiles = uint32_t(g.w.strip_pairs);
   if (int64_t(tiles) * slices > INT32_MAX) return "lut_mma: more weights than 32-bit work items can count";
-  // Where it leaves less than a tenth of the CTAs idle, tiles are cut into equal parts, each one CTA's, as in lut_wgmma.cuh.
-  uint32_t ctas = uint32_t(g.device.sms);
-  const uint32_t parts = ctas / tiles;
-  if (parts > 0 && slices % parts == 0 && 10 * tiles * parts >= 9 * ctas) ctas = tiles * parts;
   BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), g.workspace, g.m,
-                group_shift, groups, 0, share_work(tiles, slices, ctas), gate_of(g, kBulkStrips, Tile::kTokens)};
+                group_shift, groups, 0, share_work_evenly(tiles, slices, uint32_t(g.device.sms)), gate_of(g, kBulkStrips, Tile::kTokens)};
   while (call.stages < kBulkStages && Shared::bytes(call.stages + 1, groups) <= g.device.shared_bytes) ++call.stages;
   if (call.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
   if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, Tile::kInputWarps, kF16)) return error;

@@ -154,12 +154,7 @@ FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
   uint32_t row_tiles = 0;
   for (int s = 0; s < call.w.n_shards; ++s) row_tiles += shard_tiles<Tile>(shard_of(call.w, call.packed, s));
   const uint32_t tiles = row_tiles * token_tiles, blocks = uint32_t(call.w.blocks);
-  // Where it leaves less than a tenth of the CTAs idle, tiles are cut into equal parts, each one CTA's: no CTA then has two
-  // partial tiles to write, and fewer are read again.
-  uint32_t ctas = uint32_t(cta_count());
-  const uint32_t parts = ctas / tiles;
-  if (parts > 0 && blocks % parts == 0 && 10 * tiles * parts >= 9 * ctas) ctas = tiles * parts;
-  const Work work = share_work(tiles, blocks, ctas);
+  const Work work = share_work_evenly(tiles, blocks, uint32_t(cta_count()));
   if (uint32_t(cta_id()) >= work.ctas) return;
   const uint32_t last = first_item(work, cta_id() + 1);
   for (uint32_t item = first_item(work, cta_id()); item < last;) {

@@ -95,27 +95,19 @@ struct MeasuredLine {
 };
 constexpr MeasuredLine kMeasured[] = {{90, 32, kMma}, {90, 2048, kWgmma}, {90, INT64_MAX, kDequantize}};
 
-// The analytic default, none of it measured.
+// The analytic default of the other GPUs, none of it measured.
 //
-// Up to 32 tokens every kernel's time is the packed weights' bytes, and mma reads them once with the least to do beside. From
-// there to some number of tokens a fused kernel (wgmma where it runs, else mma) is behind cuBLAS, since it decodes while it
-// multiplies; cuBLAS has to be given W first, which costs a fixed time. They are equal where
+// Up to 32 tokens the time is the packed weights' bytes, and mma reads them once. From there to some number of tokens it is
+// behind cuBLAS, since it decodes while it multiplies; cuBLAS has to be given W first, which costs a fixed time. They are equal where
 //
 //   M * 2 * NK * (1 / (f * P) - 1 / P) = NK * (4 + bits / 8) / B
 //
-// with P the rate of cuBLAS, f the fraction of it that the fused kernel attains, B the memory's bandwidth; W is written and
-// read in 2 bytes a weight and the packed weights are read once. So M = (4 + bits / 8) * (P / B) / (2 * (1 / f - 1)).
-// With 70% of the data sheets' dense rates (312 TFLOP/s of an A100, 989 of an H100 and an H200) and 90% of their bandwidths (2.0,
-// 3.35 and 4.8 TB/s), P / B is 121, 230 and 160 operations a byte. Guessed: f is 1/2 for wgmma, and 1/6 for mma, which reads and
-// decodes all weights again for every 32 tokens. That makes 360 and 72 tokens at 4 bits.
-constexpr int64_t kMmaTokens = 32, kBalance = 160;
-int64_t crossover(int bits, Method fused) { return (32 + bits) * kBalance / (8 * 2 * ((fused == kWgmma ? 2 : 6) - 1)); }
-
-Method default_method(int bits, int64_t m, int arch) {
-  if (m <= kMmaTokens) return kMma;
-  const Method fused = lacks(kKernels[kWgmma], arch).empty() ? kWgmma : kMma;
-  return m <= crossover(bits, fused) ? fused : kDequantize;
-}
+// with P the rate of cuBLAS, f the fraction of it that mma attains, B the memory's bandwidth; W is written and read in 2 bytes a
+// weight and the packed weights are read once. So M = (4 + bits / 8) * (P / B) / (2 * (1 / f - 1)). With 70% of an A100's data
+// sheet's 312 TFLOP/s and 90% of its 2.0 TB/s, P / B is 121 operations a byte, of an H100 230; 160 is between. Guessed: f is
+// 1/6, since all weights are read and decoded again for every 32 tokens. That makes 72 tokens at 4 bits.
+constexpr int64_t kBalance = 160;
+Method default_method(int bits, int64_t m) { return m <= (32 + bits) * kBalance / (8 * 2 * (6 - 1)) ? kMma : kDequantize; }
 
 std::string description(int arch) {
   const auto quoted = [](const std::string& s) { return "\"" + s + "\""; };
@@ -155,10 +147,13 @@ const Kernel& choose(const Packed& w, int64_t m, Dtype dtype, const std::string&
       const Kernel* measured = find(line->slot);
       if (measured && takes(*measured)) return *measured;
     }
+    Method method = default_method(w.bits, m);
     for (const MeasuredLine& line : kMeasured) {
-      if (line.arch == arch && m <= line.max_tokens && takes(kKernels[line.method])) return kKernels[line.method];
+      if (line.arch != arch || m > line.max_tokens) continue;
+      if (takes(kKernels[line.method])) method = line.method;
+      break;
     }
-    kernel = &kKernels[default_method(w.bits, m, arch)];
+    kernel = &kKernels[method];
     if (!takes(*kernel)) kernel = &kKernels[kDequantize];
   }
   std::string why = !kernel ? "there is no such kernel" : lacks(*kernel, arch);

@@ -23,6 +23,13 @@ FLUTE_HD inline Work share_work(uint32_t tiles, uint32_t slices, uint32_t ctas) 
   ctas = ctas < items ? ctas : items;
   return {slices, ctas, items / ctas, items % ctas};
 }
+// The same where tiles may be cut into equal parts, each one CTA's, and less than a tenth of the CTAs is idle for it: no CTA then
+// has two partial tiles to write, and fewer are read again.
+FLUTE_HD inline Work share_work_evenly(uint32_t tiles, uint32_t slices, uint32_t ctas) {
+  const uint32_t parts = ctas / tiles;
+  const bool even = parts > 0 && slices % parts == 0 && 10 * tiles * parts >= 9 * ctas;
+  return share_work(tiles, slices, even ? tiles * parts : ctas);
+}
 // The items of CTA c are first_item(c) .. first_item(c + 1).
 FLUTE_HD inline uint32_t first_item(const Work& w, uint32_t c) { return c * w.share + (c < w.rest ? c : w.rest); }
 FLUTE_HD inline uint32_t owner(const Work& w, uint32_t item) {
