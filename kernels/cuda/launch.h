@@ -24,16 +24,20 @@ struct Gemm {
   const void* x;
   const void* bias;  // or null
   void* y;
-  void* gated;      // silu(y[:, :N/2]) * y[:, N/2:], [M, N/2], where it is not null; y is written all the same
+  void* gated;      // silu(y[:, :N/2]) * y[:, N/2:], [M, N/2], where it is not null: y may be written, or not
   int m;
   int f16;          // x, y and bias are fp16; else bf16
-  void* workspace;  // workspace_bytes(device) of it; its first kCounterBytes are zero before the first call, and again after every
+  void* workspace;  // workspace_bytes(device); the first cleared_bytes(device) are zero before the first call, and after every
   Device device;
   void* stream;     // cudaStream_t
 };
 
-// A stream's calls share one workspace, of a size that depends on the device alone.
-constexpr size_t kCounterBytes = 64 * 1024;
+// A stream's calls share one workspace, of a size that depends on the device alone: mail of lut_mma_bulk.cuh, kMailBytes for each
+// multiprocessor of sm_90; counters; partial sums.
+constexpr size_t kMailBytes = 16 * 1024, kCounterBytes = 64 * 1024;
+inline size_t mail_bytes(const Device& device) { return device.arch == 90 ? size_t(device.sms) * kMailBytes : 0; }
+inline size_t cleared_bytes(const Device& device) { return mail_bytes(device) + kCounterBytes; }
+inline void* counters_of(const Gemm& call) { return static_cast<uint8_t*>(call.workspace) + mail_bytes(call.device); }
 size_t workspace_bytes(const Device& device);
 // The first half of the counters is Stream-K's (streamk.h), the second that of pairs of tiles of `gated` (gate.h).
 constexpr uint32_t kGateCounters = kCounterBytes / sizeof(unsigned) / 2;

@@ -19,7 +19,7 @@ const char* run_bulk(const Gemm& call, int group_shift) {
 
 size_t workspace_bytes(const Device& device) {
   const size_t slots = device.arch == 90 && kWgmmaSlotBytes > kMmaSlotBytes ? kWgmmaSlotBytes : kMmaSlotBytes;
-  return kCounterBytes + size_t(device.sms) * slots;
+  return cleared_bytes(device) + size_t(device.sms) * slots;
 }
 
 const char* run_mma(const Gemm& call) {

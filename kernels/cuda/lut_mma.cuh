@@ -180,9 +180,8 @@ struct MmaLoader {
 // steps, b[t][s / 2][s % 2 * 2] and the next, scales_of(s) where the lane's scales of step s and the first unit are. With
 // kSmallGroups these change within the block.
 template <int kBits, int kRowBytes, bool kF16, bool kSmallGroups, int kUnits, int kTokenTiles, class LoadX, class ScalesOf>
-FLUTE_DEVICE void multiply_block(uint32_t table, float to_weight, int scale_f16, const uint32_t (&codes)[4 * kBits],
+FLUTE_DEVICE void multiply_block(uint32_t table, uint32_t copy, float to_weight, int scale_f16, const uint32_t (&codes)[4 * kBits],
                                  const LoadX& load_x, const ScalesOf& scales_of, float (&acc)[kUnits][kTokenTiles][4]) {
-  const uint32_t copy = lane_copy<kBits>(lane_id());
   uint32_t b[kTokenTiles][2][4];
   load_x(b);
   FLUTE_UNROLL
@@ -359,8 +358,8 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
       const auto multiply = [&](auto small_groups) {
         uint32_t codes[4 * kBits];
         load_units<kBits, 4>(stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits)), 0, codes);
-        multiply_block<kBits, mma_row(kBits), kF16, small_groups.value, 4>(table, to_weight, p.w.scale_f16, codes, load_x,
-                                                                           scales_of, acc);
+        multiply_block<kBits, mma_row(kBits), kF16, small_groups.value, 4>(table, lane_copy<kBits>(lane_id()), to_weight,
+                                                                           p.w.scale_f16, codes, load_x, scales_of, acc);
       };
       if (p.group_shift < 6) multiply(std::true_type{});  // 64 inputs, a block
       else multiply(std::false_type{});
@@ -384,7 +383,7 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
 template <int kBits, bool kF16, class Tile>
 const char* launch_mma(const Gemm& call, int group_shift) {
   MmaParameters p{call.w, call.packed, static_cast<const uint16_t*>(call.x), static_cast<const uint16_t*>(call.bias),
-                  static_cast<uint16_t*>(call.y), call.workspace, call.m, group_shift, 0, 0, 0, 0, 0,
+                  static_cast<uint16_t*>(call.y), counters_of(call), call.m, group_shift, 0, 0, 0, 0, 0,
                   gate_of(call, Tile::kRowWarps, Tile::kTokens)};
   p.scale_rows = Tile::kInputs >> group_shift > 1 ? Tile::kInputs >> group_shift : 1;
   p.token_tiles = (call.m + Tile::kTokens - 1) / Tile::kTokens;

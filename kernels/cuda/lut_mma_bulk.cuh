@@ -9,11 +9,16 @@
 //   Table     Built from single loads of the codebook it took 5000 cycles; by shuffles it waits for memory once (decode.h). One
 //             for a multiprocessor, its rows 256 bytes apart: a lookup's address is one byte permutation.
 //   Sums      Eight barriers for a strip's warps took 1500 cycles; now all write, one barrier, and one warp a unit adds.
-//   Sharing   Fences and counters take 2500 cycles, so what others have to do with, parts of tiles and pairs of a gate, waits
-//             until this CTA's own work is done: at most two tiles of a CTA are shared.
+//   Sharing   Fences and counters took 2500 cycles. What a CTA has of a tile that others end is sent word by word instead, and a
+//             word that has not come is 0, so that none of both is needed: who reads waits for the words themselves. A tile's
+//             last CTA adds it up, when its own work is done, and waits for CTAs of lower numbers alone, which a GPU starts
+//             first, so that one of them always goes on. Clusters would have the sums nearer, but of four CTAs with a
+//             multiprocessor each an H100 ran 30 at a time, not 33, of eight 15 at most (measured).
+//   L2        Weights are the first to go (evict_first), so that it keeps activations: 2 to 5 us of a LLaMA-3-8B layer's 80.
 //
 // A tile is two strips of 64 rows x 8, 16 or 32 tokens, an item a slice of it along K, of which each of 16 warps has one block of
-// 64 inputs: of 64 rows, or, for 32 tokens, of 32 rows, whose sums and x are what a thread's registers hold.
+// 64 inputs: of 64 rows, or, for 32 tokens, of 32 rows, whose sums and x are what a thread's registers hold. For SwiGLU the two
+// strips are the same rows of gate and up, each with its own table, so that the product needs no other tile.
 #pragma once
 
 #include "lut_mma.cuh"
@@ -29,6 +34,8 @@ static_assert(128 * kBringerRegisters + kBulkConsumers * kMultiplierRegisters <=
 constexpr int kBulkStages = 8;   // at most
 constexpr int kBulkBarrier = 1;  // of the consumers
 constexpr int kBulkStrips = 2;   // of a tile
+constexpr int kGateTables = 128;  // from the first strip's table to the second's, which lies between its rows
+static_assert(kGateTables >= kCopyBytes && kWideRow >= kGateTables + kCopyBytes, "rows of two tables take turns");
 
 template <int kTokensOf>
 struct BulkTile {
@@ -41,7 +48,8 @@ struct BulkTile {
   static constexpr int kRoundTiles = kTokenTiles == 4 ? 2 : 1, kRounds = kTokenTiles / kRoundTiles;
   static constexpr int kOwners = kTokens == 8 ? kBulkWarps / 2 : kBulkWarps, kOwned = kTokens == 32 ? 2 : 1;
   static constexpr int kWarpSums = kUnits * kRoundTiles * kVectorBytes, kSums = kBulkWarps * kWarpSums;
-  static constexpr size_t kPartBytes = size_t(kOwners) * 32 * kOwned * sizeof(Words4);  // of a tile, in the workspace
+  static constexpr int kPiece = kOwned * kVectorBytes, kPart = kOwners * kPiece;  // a warp's at the end, and a tile's
+  static_assert(kPart <= int(kMailBytes), "a part is a letter");
 };
 
 struct BulkCall {
@@ -50,33 +58,33 @@ struct BulkCall {
   const uint8_t* packed;
   const uint16_t* bias;
   uint16_t* y;
-  void* workspace;
+  uint16_t* gated;  // or null; else y is not written
+  uint8_t* mail;    // of each CTA a part of a tile, zeros until it is sent and once it is read
   int m;
   int group_shift;  // as MmaParameters has it
   int item_groups;  // rows of scales of an item and strip, at most
   int stages;
   Work work;
-  GateCall gate;
 };
 
-// Shared memory: the table; the stages, each x in blocks, codes and scales of both strips; what warps add up through; two
-// flags; for each stage a barrier that it is full and one that it is empty.
+// Shared memory: the table; the stages, each x in blocks, codes and scales of both strips; what warps add up through; the sums of a
+// tile that others have begun; for each stage a barrier that it is full and one that it is empty.
 template <int kBits, class Tile>
 struct BulkShared {
   static constexpr int kTable = table_bytes(kBits, kWideRow), kBlock = int(block_bytes(kBits));
   static constexpr int kXBlock = Tile::kTokens * kBlockInputs * 2, kX = Tile::kInputWarps * kXBlock;
-  static constexpr int kStripCodes = Tile::kInputWarps * kBlock, kFlags = 16;
+  static constexpr int kStripCodes = Tile::kInputWarps * kBlock;
   static_assert(kTable % 1024 == 0 && kX % 1024 == 0, "x is aligned to what the 128-byte swizzle repeats after");
 
   static FLUTE_HD int stage_bytes(int groups) {
     return (kX + kBulkStrips * (kStripCodes + groups * kScaleRowBytes) + 1023) / 1024 * 1024;
   }
-  static int bytes(int stages, int groups) { return kTable + stages * (stage_bytes(groups) + 16) + Tile::kSums + kFlags; }
+  static int bytes(int stages, int groups) { return kTable + stages * (stage_bytes(groups) + 16) + Tile::kSums + Tile::kPart; }
 
-  uint32_t table, stages, stage_size, sums, flags, full, empty;
+  uint32_t table, stages, stage_size, sums, kept, full, empty;
   FLUTE_DEVICE BulkShared(int n, int groups)
       : table(shared_base()), stages(table + kTable), stage_size(uint32_t(stage_bytes(groups))), sums(stages + n * stage_size),
-        flags(sums + Tile::kSums), full(flags + kFlags), empty(full + n * 8) {}
+        kept(sums + Tile::kSums), full(kept + Tile::kPart), empty(full + n * 8) {}
   FLUTE_DEVICE uint32_t x(int stage) const { return stages + stage * stage_size; }
   FLUTE_DEVICE uint32_t codes(int stage, int strip) const { return x(stage) + kX + strip * kStripCodes; }
   FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const {
@@ -84,13 +92,21 @@ struct BulkShared {
   }
 };
 
-FLUTE_DEVICE MmaPlace locate(const BulkCall& p, uint32_t tile) { return locate_rows<kBulkStrips>(p.w, p.packed, int(tile), 0); }
-
+// Where a tile is: `strips` strips, the first of shard `shard` and `rows` rows that there are; the others this far from it.
+struct BulkPlace {
+  int shard, strip, strips, first_row, rows;
+};
+FLUTE_DEVICE int next_strip(const BulkCall& p) { return p.gated ? p.w.named[1].first_strip : 1; }
+FLUTE_DEVICE BulkPlace locate(const BulkCall& p, uint32_t tile) {
+  if (p.gated) return {0, int(tile), 2, int(tile) * kStripRows, p.w.named[0].rows - int(tile) * kStripRows};
+  const MmaPlace at = locate_rows<kBulkStrips>(p.w, p.packed, int(tile), 0);
+  return {at.shard, at.strip, at.strips, at.first_row, at.rows};
+}
 // One thread's work: brings a CTA's items one after another, at most all stages ahead.
 template <int kBits, class Tile>
 struct Bringer {
   uint32_t left, tile, slice, parity = 1;  // items left
-  int stage = 0, strip, strips;            // few registers: no MmaPlace
+  int stage = 0, strip, strips;            // few registers: no BulkPlace
 
   FLUTE_DEVICE Bringer(const BulkCall& p, uint32_t cta) {
     const uint32_t begin = first_item(p.work, cta);
@@ -100,7 +116,7 @@ struct Bringer {
     enter(p);
   }
   FLUTE_DEVICE void enter(const BulkCall& p) {
-    const MmaPlace place = locate(p, tile);
+    const BulkPlace place = locate(p, tile);
     strip = place.strip;
     strips = place.strips;
   }
@@ -120,10 +136,10 @@ struct Bringer {
     mbarrier_arrive_expect(full, at.kX + strips * (code_bytes + scale_bytes));
     FLUTE_ROLLED
     for (int s = 0; s < strips; ++s) {
-      const uint32_t codes = uint32_t((strip + s) * p.w.blocks + block), scales = uint32_t((strip + s) * p.w.groups + group);
-      bulk_load(at.codes(stage, s), p.packed + p.w.codes_offset + uint64_t(codes) * at.kBlock, code_bytes, full);
-      bulk_load(at.scales(stage, s, p.item_groups), p.packed + p.w.scales_offset + uint64_t(scales) * kScaleRowBytes, scale_bytes,
-                full);
+      const uint32_t of = uint32_t(strip + s * next_strip(p)), codes = of * p.w.blocks + block, scales = of * p.w.groups + group;
+      bulk_load_once(at.codes(stage, s), p.packed + p.w.codes_offset + uint64_t(codes) * at.kBlock, code_bytes, full);
+      bulk_load_once(at.scales(stage, s, p.item_groups), p.packed + p.w.scales_offset + uint64_t(scales) * kScaleRowBytes,
+                     scale_bytes, full);
     }
     tensor_load_blocks<kBlocks>(at.x(stage), &p.x, block, 0, full);
     if (++stage == p.stages) {
@@ -142,6 +158,7 @@ struct BulkWarp {
   FLUTE_DEVICE explicit BulkWarp(int warp)
       : row(warp / Tile::kInputWarps), input(warp % Tile::kInputWarps), strip(row / Tile::kHalves), half(row % Tile::kHalves) {}
   FLUTE_DEVICE bool owns() const { return Tile::kOwners == kBulkWarps || input < Tile::kUnits; }
+  // The owner of the same rows and tokens of the other strip is kOwners / 2 further on.
   FLUTE_DEVICE int number() const {
     return Tile::kOwners == kBulkWarps ? row * Tile::kInputWarps + input : row * Tile::kUnits + input;
   }
@@ -179,20 +196,97 @@ FLUTE_DEVICE void add_bulk_warps(uint32_t sums, const BulkWarp<Tile>& warp, int 
   }
 }
 
-// Of a tile, what a warp owns.
-template <bool kF16, class Tile>
-FLUTE_DEVICE void write_owned(const BulkCall& p, const MmaPlace& at, const BulkWarp<Tile>& warp, int lane,
-                              const float (&own)[Tile::kOwned * 4]) {
-  const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits;
+// What a thread owns of a tile, to and from shared memory.
+template <class Tile>
+FLUTE_DEVICE void store_piece(uint32_t piece, int lane, const float (&sums)[Tile::kOwned * 4]) {
+  FLUTE_UNROLL
+  for (int i = 0; i < Tile::kOwned; ++i) {
+    const float* const c = sums + i * 4;
+    sts128(piece + i * kVectorBytes + lane * 16, {{as_bits(c[0]), as_bits(c[1]), as_bits(c[2]), as_bits(c[3])}});
+  }
+}
+template <class Tile>
+FLUTE_DEVICE void load_piece(uint32_t piece, int lane, float (&sums)[Tile::kOwned * 4]) {
+  FLUTE_UNROLL
+  for (int i = 0; i < Tile::kOwned; ++i) {
+    const Words4 four = lds128(piece + i * kVectorBytes + lane * 16);
+    FLUTE_UNROLL
+    for (int j = 0; j < 4; ++j) sums[4 * i + j] = as_f32(four.w[j]);
+  }
+}
+
+// A sum as it is sent: never 0, which +0 would be.
+FLUTE_DEVICE uint32_t sent_word(float sum) { return as_bits(sum) ? as_bits(sum) : 0x80000000; }
+FLUTE_DEVICE bool has_come(const Words4& four) { return four.w[0] && four.w[1] && four.w[2] && four.w[3]; }
+
+template <class Tile>
+FLUTE_DEVICE uint8_t* letter(const BulkCall& p, uint32_t cta, int owner, int lane) {
+  return p.mail + size_t(cta) * Tile::kPart + owner * Tile::kPiece + lane * sizeof(Words4);
+}
+template <class Tile>
+FLUTE_DEVICE void send_piece(uint8_t* to, const float (&sums)[Tile::kOwned * 4]) {
+  FLUTE_UNROLL
+  for (int i = 0; i < Tile::kOwned; ++i) {
+    const float* const c = sums + i * 4;
+    store_relaxed(to + i * kVectorBytes, {{sent_word(c[0]), sent_word(c[1]), sent_word(c[2]), sent_word(c[3])}});
+  }
+}
+// sums[] += what the CTAs from `first` to before `last` have sent, always in the same order; the mail is zeros again.
+template <class Tile>
+FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t last, int owner, int lane, float (&sums)[Tile::kOwned * 4]) {
+  constexpr int kAtOnce = 4 / Tile::kOwned;  // CTAs: reading L2 takes long
+  FLUTE_ROLLED
+  for (uint32_t cta = first; cta < last; cta += kAtOnce) {
+    Words4 read[kAtOnce][Tile::kOwned] = {};
+    spin([&] {
+      bool all = true;
+      FLUTE_UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        FLUTE_UNROLL
+        for (int i = 0; i < Tile::kOwned; ++i) {
+          if (cta + n >= last) continue;
+          if (!has_come(read[n][i])) read[n][i] = load_relaxed(letter<Tile>(p, cta + n, owner, lane) + i * kVectorBytes);
+        }
+      }
+      FLUTE_UNROLL
+      for (int n = 0; n < kAtOnce; ++n) {
+        FLUTE_UNROLL
+        for (int i = 0; i < Tile::kOwned; ++i) all &= cta + n >= last || has_come(read[n][i]);
+      }
+      return all;
+    });
+    FLUTE_UNROLL
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (cta + n >= last) continue;
+      FLUTE_UNROLL
+      for (int i = 0; i < Tile::kOwned; ++i) {
+        store_global(letter<Tile>(p, cta + n, owner, lane) + i * kVectorBytes, {});
+        FLUTE_UNROLL
+        for (int j = 0; j < 4; ++j) sums[4 * i + j] += as_f32(read[n][i].w[j]);
+      }
+    }
+  }
+}
+
+// Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
+template <bool kF16, bool kGated, class Tile>
+FLUTE_DEVICE void write_piece(const BulkCall& p, uint32_t tile, const BulkWarp<Tile>& warp, int lane,
+                              const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
+  const BulkPlace at = locate(p, tile);
+  const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits, half = p.w.n / 2;
   FLUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const int row = warp.strip * kStripRows + unit * kUnitRows + lane / 4 + i * 8;
+    const int row = (kGated ? 0 : warp.strip * kStripRows) + unit * kUnitRows + lane / 4 + i * 8, of_y = at.first_row + row;
     if (row >= at.rows) continue;
-    const float bias = p.bias ? widen16<kF16>(p.bias[at.first_row + row]) : 0;
+    const float bias = p.bias ? widen16<kF16>(p.bias[of_y]) : 0, up_bias = kGated && p.bias ? widen16<kF16>(p.bias[half + of_y]) : 0;
     FLUTE_UNROLL
     for (int j = 0; j < Tile::kOwned * 2; ++j) {
       const int token = (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2;
-      if (token < p.m) p.y[int64_t(token) * p.w.n + at.first_row + row] = round16<kF16>(own[j / 2 * 4 + 2 * i + j % 2] + bias);
+      const int of_sum = j / 2 * 4 + 2 * i + j % 2;
+      const uint16_t value = round16<kF16>(sum[of_sum] + bias);
+      if (token >= p.m) continue;
+      if constexpr (kGated) p.gated[int64_t(token) * half + of_y] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] + up_bias));
+      else p.y[int64_t(token) * p.w.n + of_y] = value;
     }
   }
 }
@@ -200,10 +294,8 @@ FLUTE_DEVICE void write_owned(const BulkCall& p, const MmaPlace& at, const BulkW
 // kFine: a block has more than one group.
 template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
-  constexpr int kTokenTiles = Tile::kTokenTiles, kPartThreads = Tile::kOwners * 32;
+  constexpr int kTokenTiles = Tile::kTokenTiles;
   const auto sync = [] { barrier(kBulkBarrier, kBulkConsumers); };
-  const int lane = lane_id();
-  const BulkWarp<Tile> warp(thread_id() / 32);
 
   // What can be computed again is not kept: registers are few.
   const auto first_of = [&](int later) { return first_item(p.work, uint32_t(cta_id()) + later); };
@@ -213,22 +305,29 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
   float to_weight = 0;
   FLUTE_ROLLED
   for (; left; ++tile, slice = 0) {
-    const MmaPlace place = locate(p, tile);
-    if (place.shard != table_shard) {  // nobody reads the table now: warps met when they added up the tile before
-      table_shard = place.shard;
-      const float* const book = books(p.packed) + table_shard * 16;
-      const Normal normal = normalise(book, kF16 ? 14 : 0);  // see lut_mma.cuh
-      build_table<kBits, kWideRow, kF16>(at.table, book, normal.to_table, fresh_thread_id(), kBulkConsumers);
-      to_weight = normal.to_weight;
+    // Read anew for each tile: addresses that follow from it would take registers all the time.
+    const int lane = fresh_thread_id() % 32;
+    const BulkWarp<Tile> warp(fresh_thread_id() / 32);
+    const uint32_t copy = lane_copy<kBits>(lane) + (p.gated ? warp.strip * kGateTables : 0);
+    const int shard = locate(p, tile).shard;
+    if (shard != table_shard) {  // nobody reads the table now: warps met when they added up the tile before
+      table_shard = shard;
+      FLUTE_ROLLED
+      for (int s = 0; s < (p.gated ? 2 : 1); ++s) {
+        const float* const book = books(p.packed) + (shard + s) * 16;
+        const Normal normal = normalise(book, kF16 ? 14 : 0);  // see lut_mma.cuh
+        build_table<kBits, kWideRow, kF16>(at.table + s * kGateTables, book, normal.to_table, fresh_thread_id(), kBulkConsumers);
+        if (!p.gated || s == warp.strip) to_weight = normal.to_weight;
+      }
       sync();
     }
-    const bool active = warp.strip < place.strips;
+    // Where the tile has one strip, the other's warps add up what the stage happens to hold, which nobody writes.
     float acc[Tile::kUnits][kTokenTiles][4] = {};
     FLUTE_ROLLED
     for (; left && slice < int(p.work.slices); ++slice, --left) {
       const int block = slice * Tile::kInputWarps + warp.input;
       mbarrier_wait(at.full + stage * 8, parity);
-      if (active && block < p.w.blocks) {
+      if (block < p.w.blocks) {
         uint32_t codes[4 * kBits];
         load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
         const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
@@ -247,7 +346,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
           return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
                  warp.half * Tile::kUnits * 4;
         };
-        multiply_block<kBits, kWideRow, kF16, kFine>(at.table, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
+        multiply_block<kBits, kWideRow, kF16, kFine>(at.table, copy, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
       }
       syncwarp();  // every lane has read the stage
       if (lane == 0) mbarrier_arrive(at.empty + stage * 8);
@@ -257,61 +356,48 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
       }
     }
     float own[Tile::kOwned * 4] = {};
-    add_bulk_warps<Tile>(at.sums, warp, lane, acc, own, sync);
-    if (!warp.owns()) continue;
-    const uint32_t slices = p.work.slices;
-    if (tile * slices >= first_of(0) && (tile + 1) * slices <= first_of(1)) {
-      write_owned<kF16, Tile>(p, locate(p, tile), warp, lane, own);
+    const int thread = fresh_thread_id();
+    const BulkWarp<Tile> owner(thread / 32);
+    add_bulk_warps<Tile>(at.sums, owner, thread % 32, acc, own, sync);
+    const uint32_t begin = tile * p.work.slices;
+    if (begin + p.work.slices > first_of(1)) {  // the next CTA goes on
+      if (owner.owns()) send_piece<Tile>(letter<Tile>(p, uint32_t(cta_id()), owner.number(), thread % 32), own);
+    } else if (begin < first_of(0)) {  // others have begun it
+      if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, thread % 32, own);
+    } else if (!p.gated) {
+      if (owner.owns()) write_piece<kF16, false, Tile>(p, tile, owner, thread % 32, own, own);
     } else {
-      const Sharers sharers(p.work, tile);
-      store_part<kPartThreads>(slot_of(p.workspace, sharers, uint32_t(cta_id()), Tile::kPartBytes), warp.number() * 32 + lane,
-                               own);
+      sync();  // everyone has read what warps add up through
+      const uint32_t piece = at.sums + owner.number() % (Tile::kOwners / 2) * Tile::kPiece;
+      if (owner.owns() && owner.strip) store_piece<Tile>(piece, thread % 32, own);
+      sync();
+      if (owner.owns() && !owner.strip) {
+        float up[Tile::kOwned * 4];
+        load_piece<Tile>(piece, thread % 32, up);
+        write_piece<kF16, true, Tile>(p, tile, owner, thread % 32, own, up);
+      }
     }
   }
 
-  // Tiles that others have a part of: this CTA's first and its last.
-  const int thread = fresh_thread_id();
-  const BulkWarp<Tile> owner(thread / 32);
-  const uint32_t slices = p.work.slices, begin = first_of(0), end = first_of(1);
-  const uint32_t first_tile = begin / slices, last_tile = (end - 1) / slices;
-  const auto is_shared = [&](uint32_t tile) { return tile * slices < begin || (tile + 1) * slices > end; };
-  sync();
-  if (thread < 2) {
-    const uint32_t tile = thread ? last_tile : first_tile;
-    const bool asks = is_shared(tile) && (thread == 0 || last_tile != first_tile);
-    sts32(at.flags + thread * 4, asks && last_to_come(p.workspace, Sharers(p.work, tile)));
-  }
-  sync();
-  FLUTE_ROLLED
-  for (int i = 0; i < 2; ++i) {
-    if (!lds32(at.flags + i * 4) || !owner.owns()) continue;
-    const uint32_t tile = i ? last_tile : first_tile;
-    float own[Tile::kOwned * 4] = {};
-    add_parts<kPartThreads>(p.workspace, Sharers(p.work, tile), owner.number() * 32 + thread % 32, own);
-    write_owned<kF16, Tile>(p, locate(p, tile), owner, thread % 32, own);
-  }
-  if (!p.gate.out) return;
-
-  // Every tile that this CTA has written is one of a pair: a thread a tile asks for it.
-  sync();
-  FLUTE_ROLLED
-  for (uint32_t base = first_tile; base <= last_tile; base += kBulkConsumers) {
-    const uint32_t mine = base + uint32_t(thread);
-    bool second = false;
-    if (mine <= last_tile) {
-      const uint32_t flag = at.flags + (mine == last_tile && last_tile != first_tile) * 4;
-      second = (!is_shared(mine) || lds32(flag)) && second_of_pair(p.gate, p.workspace, mine);
-    }
-    sts32(at.sums + thread * 4, second);
-    sync();
-    FLUTE_ROLLED
-    for (uint32_t tile = base; tile <= last_tile && tile < base + kBulkConsumers; ++tile) {
-      if (!lds32(at.sums + (tile - base) * 4)) continue;
-      const MmaPlace place = locate(p, tile);
-      multiply_pair_of_tiles<kF16, kBulkStrips * kStripRows, Tile::kTokens, kBulkConsumers>(
-          p.gate, p.y, place.first_row - place.shard * p.gate.half, 0, thread);
-    }
-    sync();
+  // The tile that others have begun and this CTA has ended.
+  const uint32_t first_tile = first_of(0) / p.work.slices, begin = first_tile * p.work.slices;
+  if (begin == first_of(0) || begin + p.work.slices > first_of(1)) return;
+  sync();  // what was kept is there
+  const int thread = fresh_thread_id(), lane = thread % 32;
+  const BulkWarp<Tile> warp(thread / 32);
+  if (!warp.owns() || (p.gated && warp.strip)) return;
+  const uint32_t first_cta = owner(p.work, begin);
+  const auto add = [&](int n, float(&sums)[Tile::kOwned * 4]) {
+    load_piece<Tile>(at.kept + n * Tile::kPiece, lane, sums);
+    receive_pieces<Tile>(p, first_cta, uint32_t(cta_id()), n, lane, sums);
+  };
+  float own[Tile::kOwned * 4], up[Tile::kOwned * 4];
+  add(warp.number(), own);
+  if (p.gated) {
+    add(warp.number() + Tile::kOwners / 2, up);
+    write_piece<kF16, true, Tile>(p, first_tile, warp, lane, own, up);
+  } else {
+    write_piece<kF16, false, Tile>(p, first_tile, warp, lane, own, own);
   }
 }
 
@@ -346,16 +432,18 @@ template <int kBits, bool kF16, class Tile>
 const char* launch_mma_bulk(const Gemm& g, int group_shift) {
   using Shared = BulkShared<kBits, Tile>;
   const int groups = g.w.groups > 1 ? Tile::kInputWarps * kBlockInputs >> group_shift : 1;
-  const uint32_t slices = uint32_t(g.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps, tiles = uint32_t(g.w.strip_pairs);
+  const uint32_t slices = uint32_t(g.w.blocks + Tile::kInputWarps - 1) / Tile::kInputWarps;
+  const uint32_t tiles = uint32_t(g.gated ? g.w.named[0].strips : g.w.strip_pairs);
   if (int64_t(tiles) * slices > INT32_MAX) return "lut_mma: more weights than 32-bit work items can count";
-  BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), g.workspace, g.m,
-                group_shift, groups, 0, share_work_evenly(tiles, slices, uint32_t(g.device.sms)), gate_of(g, kBulkStrips, Tile::kTokens)};
+  BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), static_cast<uint16_t*>(g.gated),
+                static_cast<uint8_t*>(g.workspace), g.m, group_shift, groups, 0,
+                share_work_evenly(tiles, slices, uint32_t(g.device.sms))};
   while (call.stages < kBulkStages && Shared::bytes(call.stages + 1, groups) <= g.device.shared_bytes) ++call.stages;
   if (call.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
   if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, Tile::kInputWarps, kF16)) return error;
   const bool fine = g.w.groups > 1 && group_shift < 6;
   const auto kernel = fine ? lut_mma_bulk<kBits, kF16, true, Tile> : lut_mma_bulk<kBits, kF16, false, Tile>;
-  return launch(kernel, int(call.work.ctas), kBulkThreads, Shared::bytes(call.stages, groups), g.stream, call);
+  return launch(kernel, int(call.work.ctas), kBulkThreads, Shared::bytes(call.stages, groups), g.stream, call, true);
 }
 
 template <int kBits, bool kF16>

@@ -438,7 +438,7 @@ lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
 template <int kBits, bool kF16, class Tile>
 const char* run_wgmma_tile(const Gemm& g) {
   using At = WgmmaShared<kBits, Tile>;
-  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, g.workspace, g.m, 0, gate_of(g, Tile::kStrips, Tile::kTokens)};
+  WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, counters_of(g), g.m, 0, gate_of(g, Tile::kStrips, Tile::kTokens)};
   const int groups = block_groups(g.w);
   call.stages = (g.device.shared_bytes - At::bytes(0, groups)) / At::stage_bytes(groups);
   call.stages = (call.stages < kWgmmaStages ? call.stages : kWgmmaStages) / Tile::kTeams * Tile::kTeams;

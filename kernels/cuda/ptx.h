@@ -117,10 +117,18 @@ FLUTE_DEVICE Words4 load_l2(const void* p) {
 }
 FLUTE_DEVICE void store_global(void* p, const Words4& value) { memcpy(p, &value, sizeof value); }
 
-// Null, or one line that says what failed.
+FLUTE_DEVICE Words4 load_relaxed(const void* p) { return load_l2(p); }
+FLUTE_DEVICE void store_relaxed(void* p, const Words4& value) { store_global(p, value); }
+// Calls ready() until it says true.
+template <class Ready>
+FLUTE_DEVICE void spin(const Ready& ready) {
+  simt::wait(ready);
+}
+
+// Null, or one line that says what failed. in_order: CTAs wait for others of lower numbers.
 template <class P>
-const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void*, const P& parameters) {
-  return simt::launch(grid, threads, shared_bytes, [&] { kernel(parameters); });
+const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void*, const P& parameters, bool in_order = false) {
+  return simt::launch(grid, threads, shared_bytes, [&] { kernel(parameters); }, in_order);
 }
 
 #else
@@ -249,9 +257,30 @@ FLUTE_DEVICE void store_global(void* p, const Words4& v) {
   *static_cast<uint4*>(p) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
 }
 
-// Null, or one line that says what failed.
+// 16 bytes that another CTA reads or has written, without any order: each word is the old one or the new.
+FLUTE_DEVICE Words4 load_relaxed(const void* p) {
+  Words4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return v;
+}
+FLUTE_DEVICE void store_relaxed(void* p, const Words4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]), "r"(v.w[1]),
+               "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
+}
+// Calls ready() until it says true.
+template <class Ready>
+FLUTE_DEVICE void spin(const Ready& ready) {
+  while (!ready()) {
+  }
+}
+
+// Null, or one line that says what failed. in_order: CTAs wait for others of lower numbers, which a GPU starts first.
 template <class P>
-const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters) {
+const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool = false) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);

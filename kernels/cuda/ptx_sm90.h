@@ -31,6 +31,7 @@ FLUTE_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) { simt::mbarrier_
 FLUTE_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
   simt::bulk_load(to, from, bytes, bar);
 }
+FLUTE_DEVICE void bulk_load_once(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) { bulk_load(to, from, bytes, bar); }
 FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {
   simt::load_box(to, map, column, row, bar);
 }
@@ -144,6 +145,14 @@ FLUTE_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint3
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar)
                : "memory");
+}
+// The same of what nobody reads again: L2 gives up its place first, and keeps what other kernels have left there.
+FLUTE_DEVICE void bulk_load_once(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
+  asm volatile(
+      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar)
+      : "memory");
 }
 // The box of a matrix whose first element is at this column and row: zeros where it is outside, and all of its bytes count.
 FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {

@@ -100,7 +100,7 @@ void* workspace(const Current& current, const Tensor& like) {
   }
   if (found == by_stream.end()) {
     Tensor memory = torch::stable::new_empty(like, {int64_t(workspace_bytes(current.device()))}, ScalarType::Byte);
-    check_cuda(cudaMemsetAsync(memory.data_ptr(), 0, kCounterBytes, static_cast<cudaStream_t>(current.stream())));
+    check_cuda(cudaMemsetAsync(memory.data_ptr(), 0, cleared_bytes(current.device()), static_cast<cudaStream_t>(current.stream())));
     found = by_stream.emplace(key, Owned{capture, memory}).first;
   }
   return found->second.memory.data_ptr();

@@ -14,6 +14,7 @@
 #include <numeric>
 #include <string>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #include "flute.h"
@@ -54,13 +55,18 @@ struct Meeting {
   std::vector<void*> arguments;
 };
 
-// A launch under way.
+struct Cta {
+  int id;
+  std::vector<Meeting> meetings;
+  std::vector<std::function<bool()>> engines;
+  std::vector<uint8_t> shared;
+};
+
+// A launch under way, and of it the CTAs that run at once, and their threads one CTA's after another's.
+std::vector<Cta> group;
 std::vector<Fiber> fibers;
-std::vector<Meeting> meetings;
-std::vector<std::function<bool()>> engines;
-std::vector<uint8_t> shared_bytes;
 const std::function<void()>* kernel;
-int n_threads, n_ctas, current_cta, current = -1;
+int n_threads, n_ctas, current_resident = 0, current = -1;
 bool progress;
 uint64_t random_state = 1, n_launches;
 
@@ -102,6 +108,7 @@ void yield() {
 void run_fiber(int thread) {
   Fiber& f = fibers[thread];
   current = thread;
+  current_resident = thread / n_threads;
   if (_setjmp(scheduler) == 0) {
     leave(&scheduler_shadow, f.stack.get(), kStackBytes);
     if (f.started) _longjmp(f.resume, 1);
@@ -112,11 +119,13 @@ void run_fiber(int thread) {
   current = -1;
 }
 
-void start_cta(int cta) {
-  current_cta = cta;
-  std::fill(shared_bytes.begin(), shared_bytes.end(), 0xff);  // a NaN in every format
-  meetings.assign(kKeys, {});
-  engines.clear();
+void start_group(int first_cta) {
+  for (Cta& c : group) {
+    c.id = first_cta + int(&c - group.data());
+    std::fill(c.shared.begin(), c.shared.end(), 0xff);  // a NaN in every format
+    c.meetings.assign(kKeys, {});
+    c.engines.clear();
+  }
   for (Fiber& f : fibers) {
     f.started = f.done = false;
     f.open.clear();
@@ -129,37 +138,45 @@ void start_cta(int cta) {
   }
 }
 
-void run_cta(int cta) {
-  start_cta(cta);
-  const int warps = (n_threads + kWarp - 1) / kWarp;
+void run_group(int first_cta) {
+  start_group(first_cta);
+  const int cta_warps = (n_threads + kWarp - 1) / kWarp, warps = cta_warps * int(group.size());
   int idle = 0;
   std::vector<int> pause(warps);
   for (bool alive = true; alive;) {
     alive = progress = false;
     bool paused = false;
     for (int w = 0; w < warps; ++w) {
+      const int begin = w / cta_warps * n_threads + w % cta_warps * kWarp;
+      const int end = std::min(begin + kWarp, (w / cta_warps + 1) * n_threads);
+      if (std::all_of(fibers.begin() + begin, fibers.begin() + end, [](const Fiber& f) { return f.done; })) continue;
       if (pause[w] > 0) {
         --pause[w];
         alive = paused = true;
         continue;
       }
       if (random32() % 64 == 0) pause[w] = random32() % 64;  // others get ahead
-      for (int t = w * kWarp; t < std::min((w + 1) * kWarp, n_threads); ++t) {
+      for (int t = begin; t < end; ++t) {
         if (fibers[t].done) continue;
         alive = true;
         run_fiber(t);
       }
     }
-    for (auto& engine : engines) progress |= engine();
+    for (current_resident = 0; current_resident < int(group.size()); ++current_resident) {
+      for (auto& engine : group[current_resident].engines) progress |= engine();
+    }
+    current_resident = 0;
     idle = progress || paused ? 0 : idle + 1;
-    if (alive && idle > 2) fail("deadlock: every thread of CTA %d waits", cta);
+    if (alive && idle > 2) fail("deadlock: every thread of the CTAs from %d on waits", first_cta);
   }
-  for (int key = 0; key < kKeys; ++key) {
-    if (meetings[key].arrived) fail("CTA %d ended while threads wait at %d", cta, key);
+  for (const Cta& c : group) {
+    for (int key = 0; key < kKeys; ++key) {
+      if (c.meetings[key].arrived) fail("CTA %d ended while threads wait at %d", c.id, key);
+    }
   }
   for (const Fiber& f : fibers) {
     for (const CopyGroup& group : f.committed) {
-      if (!group.empty()) fail("CTA %d ended with copies under way", cta);
+      if (!group.empty()) fail("a CTA from %d on ended with copies under way", first_cta);
     }
   }
 }
@@ -186,7 +203,7 @@ void deliver_at_random(Fiber& f) {
 void fail(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  std::fprintf(stderr, "simt: thread %d of CTA %d: ", current, current_cta);
+  std::fprintf(stderr, "simt: thread %d of CTA %d: ", current < 0 ? -1 : current % n_threads, cta());
   std::vfprintf(stderr, format, arguments);
   std::fputc('\n', stderr);
   va_end(arguments);
@@ -195,7 +212,7 @@ void fail(const char* format, ...) {
 
 uint32_t random32() { return uint32_t((random_state = random_state * 6364136223846793005u + 1442695040888963407u) >> 32); }
 
-const char* launch(int grid, int threads, int bytes, const std::function<void()>& body) {
+const char* launch(int grid, int threads, int bytes, const std::function<void()>& body, bool in_order) {
   if (bytes > config.shared_limit) return "invalid argument: more shared memory than the device has";
   if (threads < 1 || threads > 1024 || grid < 1) return "invalid configuration argument";
   random_state = config.seed;
@@ -203,34 +220,48 @@ const char* launch(int grid, int threads, int bytes, const std::function<void()>
   n_threads = threads;
   n_ctas = grid;
   kernel = &body;
-  shared_bytes.assign(bytes, 0);
-  shared_bytes.shrink_to_fit();
-  fibers.resize(threads);
-  for (Fiber& f : fibers) {
-    if (!f.stack) f.stack.reset(new char[kStackBytes]);
+  const auto run = [&](int first_cta, int at_once) {
+    group.resize(size_t(at_once));
+    for (Cta& c : group) {
+      c.shared.resize(size_t(bytes));
+      c.shared.shrink_to_fit();
+    }
+    fibers.resize(size_t(threads) * at_once);
+    for (Fiber& f : fibers) {
+      if (!f.stack) f.stack.reset(new char[kStackBytes]);
+    }
+    run_group(first_cta);
+  };
+  if (in_order) {
+    for (int first = 0, at_once; first < grid; first += at_once) {
+      at_once = std::min(int(random32() % kMostAtOnce) + 1, grid - first);
+      run(first, at_once);
+    }
+    return nullptr;
   }
   std::vector<int> order(grid);
   std::iota(order.begin(), order.end(), 0);
   for (int i = grid - 1; i > 0; --i) std::swap(order[i], order[random32() % (i + 1)]);
-  for (int cta : order) run_cta(cta);
+  for (int cta : order) run(cta, 1);
   return nullptr;
 }
 uint64_t launches() { return n_launches; }
 
-int thread() { return current; }
+int thread() { return current % n_threads; }
 int threads() { return n_threads; }
-int cta() { return current_cta; }
+int cta() { return group[current_resident].id; }
 int ctas() { return n_ctas; }
+int resident() { return current_resident; }
 
 uint8_t* shared(uint32_t address, int bytes) {
+  std::vector<uint8_t>& memory = group[current_resident].shared;
   const int64_t offset = int64_t(address) - kSharedBase;
-  if (offset < 0 || offset + bytes > int64_t(shared_bytes.size())) {
-    fail("%d bytes at shared address %lld of %zu", bytes, static_cast<long long>(offset), shared_bytes.size());
+  if (offset < 0 || offset + bytes > int64_t(memory.size())) {
+    fail("%d bytes at shared address %lld of %zu", bytes, static_cast<long long>(offset), memory.size());
   }
   if (offset % std::min(bytes, 16)) fail("shared address %lld is not aligned to %d bytes", static_cast<long long>(offset), bytes);
-  return shared_bytes.data() + offset;
+  return memory.data() + offset;
 }
-
 void wait(const std::function<bool()>& ready) {
   while (!ready()) yield();
   progress = true;
@@ -238,7 +269,7 @@ void wait(const std::function<bool()>& ready) {
 
 void meet(int key, int count, int rank, void* argument, const std::function<void(void**)>& op) {
   if (key < 0 || key >= kKeys || rank < 0 || rank >= count) fail("no meeting %d of %d threads for rank %d", key, count, rank);
-  Meeting& m = meetings[key];
+  Meeting& m = group[current_resident].meetings[key];
   const uint64_t round = m.round;
   if (m.arrived == 0) m.arguments.assign(count, nullptr);
   if (int(m.arguments.size()) != count) fail("%d threads meet where others wait for %zu", count, m.arguments.size());
@@ -253,14 +284,14 @@ void meet(int key, int count, int rank, void* argument, const std::function<void
   while (m.round == round) yield();
 }
 
-void add_engine(const std::function<bool()>& step) { engines.push_back(step); }
+void add_engine(const std::function<bool()>& step) { group[current_resident].engines.push_back(step); }
 
 void sync_warp() {
-  meet(current / kWarp, kWarp, current % kWarp, nullptr, [](void**) {});
+  meet(thread() / kWarp, kWarp, thread() % kWarp, nullptr, [](void**) {});
 }
 void barrier(int id, int threads) {
   // Whoever comes takes the next place: ranks do not matter here.
-  Meeting& m = meetings[kWarp + id];
+  Meeting& m = group[current_resident].meetings[kWarp + id];
   meet(kWarp + id, threads, m.arrived, nullptr, [](void**) {});
 }
 
@@ -303,7 +334,7 @@ void ldmatrix4(uint32_t address, uint32_t* r) {
     uint32_t address;
     uint32_t* r;
   } lane{address, r};
-  meet(current / kWarp, kWarp, current % kWarp, &lane, [](void** all) {
+  meet(thread() / kWarp, kWarp, thread() % kWarp, &lane, [](void** all) {
     for (int j = 0; j < 4; ++j) {
       for (int row = 0; row < 8; ++row) {
         const uint8_t* source = shared(static_cast<Lane*>(all[8 * j + row])->address, 16);
@@ -322,7 +353,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool f16) {
     const uint32_t *a, *b;
     bool f16;
   } lane{d, a, b, f16};
-  meet(current / kWarp, kWarp, current % kWarp, &lane, [](void** all) {
+  meet(thread() / kWarp, kWarp, thread() % kWarp, &lane, [](void** all) {
     float a_matrix[16][16], b_matrix[16][8];
     const auto half = [&](const Lane& l, const uint32_t* words, int i) {
       const uint16_t h = uint16_t(words[i / 2] >> i % 2 * 16);

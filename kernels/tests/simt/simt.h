@@ -1,5 +1,5 @@
-// CUDA's execution model on a CPU, for tests: a grid's CTAs run one after another in a random order, the threads of a CTA
-// are fibers, and collective instructions meet across a warp or a CTA. What a GPU leaves open is left open on purpose:
+// CUDA's execution model on a CPU, for tests: a grid's CTAs run one after another in a random order, or a few at once in the
+// order of their numbers, their threads are fibers, and collective instructions meet across a warp or a CTA. What a GPU leaves open is left open on purpose:
 // warps run ahead of each other at random, an asynchronous copy lands at any time between its issue and its wait, and shared
 // memory starts as NaNs. What a GPU forbids ends the program with one line: addresses out of bounds or not aligned,
 // deadlock, a launch that asks for too much.
@@ -19,8 +19,10 @@ struct Config {
 };
 extern Config config;
 
-// Runs `body` once for every thread of every CTA. Returns null, or what a launch may fail with.
-const char* launch(int grid, int threads, int shared_bytes, const std::function<void()>& body);
+// Runs `body` once for every thread of every CTA. Where CTAs wait for others of lower numbers (`in_order`), a random number of
+// them runs at a time, the lowest first, as on a GPU, whose CTAs start in that order; else one at a time in any order. Returns
+// null, or what a launch may fail with.
+const char* launch(int grid, int threads, int shared_bytes, const std::function<void()>& body, bool in_order = false);
 uint64_t launches();
 
 // Inside a kernel.
@@ -28,6 +30,8 @@ int thread();
 int threads();
 int cta();
 int ctas();
+constexpr int kMostAtOnce = 4;  // CTAs
+int resident();  // this CTA's number among those that run at once
 uint8_t* shared(uint32_t address, int bytes);  // checked; aligned to `bytes`
 uint32_t random32();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -38,7 +42,7 @@ void wait(const std::function<bool()>& ready);
 // others are free); the last to come calls op(arguments) with every thread's argument, by rank, and all go on.
 constexpr int kKeys = 256;
 void meet(int key, int count, int rank, void* argument, const std::function<void(void**)>& op);
-// Called between turns of threads while a CTA runs, and forgotten with it: for engines that work on their own (copies).
+// Called between turns of threads while this CTA runs, and forgotten with it: for engines that work on their own (copies).
 // Returns whether it did something; threads that wait while nothing does are a deadlock.
 void add_engine(const std::function<bool()>& step);
 

@@ -170,7 +170,8 @@ struct Engine {
 
 // The running CTA's, which ends with it.
 Engine& engine() {
-  static std::weak_ptr<Engine> current;
+  static std::weak_ptr<Engine> of_residents[kMostAtOnce];
+  std::weak_ptr<Engine>& current = of_residents[resident()];
   std::shared_ptr<Engine> e = current.lock();
   if (!e) {
     e = std::shared_ptr<Engine>(new Engine, [](Engine* old) {
