@@ -300,7 +300,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
   // What can be computed again is not kept: registers are few.
   const auto first_of = [&](int later) { return first_item(p.work, uint32_t(cta_id()) + later); };
   uint32_t tile = first_of(0) / p.work.slices, left = first_of(1) - first_of(0);  // items
-  int slice = int(first_of(0) - tile * p.work.slices), table_shard = -1, stage = 0;
+  int slice = int(first_of(0) - tile * p.work.slices), stage = 0;
   uint32_t parity = 0;
   float to_weight = 0;
   FLUTE_ROLLED
@@ -310,8 +310,8 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
     const BulkWarp<Tile> warp(fresh_thread_id() / 32);
     const uint32_t copy = lane_copy<kBits>(lane) + (p.gated ? warp.strip * kGateTables : 0);
     const int shard = locate(p, tile).shard;
-    if (shard != table_shard) {  // nobody reads the table now: warps met when they added up the tile before
-      table_shard = shard;
+    // Nobody reads the table now: warps met when they added up the tile before.
+    if (tile == first_of(0) / p.work.slices || shard != locate(p, tile - 1).shard) {
       FLUTE_ROLLED
       for (int s = 0; s < (p.gated ? 2 : 1); ++s) {
         const float* const book = books(p.packed) + (shard + s) * 16;

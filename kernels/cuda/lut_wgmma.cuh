@@ -252,12 +252,12 @@ constexpr int kStepDescriptor = kStepInputs * 2 >> 4;
 template <class Tile, class Sync>
 FLUTE_DEVICE void share_sums(uint32_t exchange, int team, int thread, const float (&sums)[Tile::kUnits][Tile::kTokens / 2],
                              float (&values)[Tile::kValues], const Sync& sync) {
-  constexpr int kValues = Tile::kValues;
-  const auto sum = [&](int i) { return sums[i / (Tile::kTokens / 2)][i % (Tile::kTokens / 2)]; };
+  constexpr int kValues = Tile::kValues, kOfUnit = kValues / Tile::kUnits;
+  // Value i of a team's tokens.
+  const auto sum = [&](int of, int i) { return sums[i / kOfUnit][of * kOfUnit + i % kOfUnit]; };
   FLUTE_UNROLL
-  for (int i = 0; i < kValues; ++i) values[i] = Tile::kTeams == 2 && team ? sum(kValues + i) : sum(i);
+  for (int i = 0; i < kValues; ++i) values[i] = Tile::kTeams == 2 && team ? sum(1, i) : sum(0, i);
   if constexpr (Tile::kTeams == 2) {
-    static_assert(Tile::kUnits == 1, "a unit's tokens follow each other");
     const auto place = [&](int of, int i) {
       return exchange + uint32_t((of * kValues + i) * Tile::kTeamThreads + thread % Tile::kTeamThreads * 4) * 4;
     };
@@ -266,7 +266,7 @@ FLUTE_DEVICE void share_sums(uint32_t exchange, int team, int thread, const floa
     for (int i = 0; i < kValues; i += 4) {
       Words4 other;
       FLUTE_UNROLL
-      for (int j = 0; j < 4; ++j) other.w[j] = as_bits(team ? sum(i + j) : sum(kValues + i + j));
+      for (int j = 0; j < 4; ++j) other.w[j] = as_bits(team ? sum(0, i + j) : sum(1, i + j));
       sts128(place(team, i), other);
     }
     sync();
@@ -435,13 +435,20 @@ lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
   }
 }
 
+// What of the device's shared memory is left for stages, in turn for the teams; less than kLeastStages where it is too little.
+template <int kBits, class Tile>
+int count_stages(const Gemm& g) {
+  using At = WgmmaShared<kBits, Tile>;
+  const int groups = block_groups(g.w), left = g.device.shared_bytes - At::bytes(0, groups), fit = left < 0 ? 0 : left / At::stage_bytes(groups);
+  return (fit < kWgmmaStages ? fit : kWgmmaStages) / Tile::kTeams * Tile::kTeams;
+}
+
 template <int kBits, bool kF16, class Tile>
 const char* run_wgmma_tile(const Gemm& g) {
   using At = WgmmaShared<kBits, Tile>;
   WgmmaCall call{{}, g.w, g.packed, g.bias, g.y, counters_of(g), g.m, 0, gate_of(g, Tile::kStrips, Tile::kTokens)};
   const int groups = block_groups(g.w);
-  call.stages = (g.device.shared_bytes - At::bytes(0, groups)) / At::stage_bytes(groups);
-  call.stages = (call.stages < kWgmmaStages ? call.stages : kWgmmaStages) / Tile::kTeams * Tile::kTeams;
+  call.stages = count_stages<kBits, Tile>(g);
   if (call.stages < Tile::kLeastStages) return "lut_wgmma: the device has too little shared memory for its stages";
   if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, kF16)) return error;
   const auto kernel = groups > 1 ? lut_wgmma<kBits, kF16, Tile, true> : lut_wgmma<kBits, kF16, Tile, false>;
@@ -452,11 +459,14 @@ const char* run_wgmma_tile(const Gemm& g) {
 // last CTA of a tile reads again; but x is read once more for every 128 rows.
 template <int kBits, bool kF16>
 const char* run_wgmma_type(const Gemm& g) {
-  if (g.m > 64) return run_wgmma_tile<kBits, kF16, WgmmaTile<128, 4>>(g);
-  const bool narrow = g.w.strips / 4 * 2 < g.device.sms;
+  const int token_tiles = g.m > 64 ? (g.m + 127) / 128 : 1;
+  const bool narrow = int64_t(g.w.strips / 4) * token_tiles * 2 < g.device.sms;
   const auto run = [&](auto wide_tile, auto narrow_tile) {
-    return narrow ? run_wgmma_tile<kBits, kF16, decltype(narrow_tile)>(g) : run_wgmma_tile<kBits, kF16, decltype(wide_tile)>(g);
+    using Narrow = decltype(narrow_tile);
+    const bool fits = count_stages<kBits, Narrow>(g) >= Narrow::kLeastStages;
+    return narrow && fits ? run_wgmma_tile<kBits, kF16, Narrow>(g) : run_wgmma_tile<kBits, kF16, decltype(wide_tile)>(g);
   };
+  if (g.m > 64) return run(WgmmaTile<128, 4>{}, WgmmaTile<128, 2>{});
   if (g.m > 32) return run(WgmmaTile<64, 4>{}, WgmmaTile<64, 2>{});
   if (g.m > 16) return run(WgmmaTile<32, 4>{}, WgmmaTile<32, 2>{});
   return run(WgmmaTile<16, 4>{}, WgmmaTile<16, 2>{});

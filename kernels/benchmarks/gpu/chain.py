@@ -3,10 +3,10 @@
 
     python kernels/benchmarks/gpu/chain.py --out FILE [--bits 4,3,2] [--tokens 1,8,16,32] [--layers 12]
 
-LLaMA-3-8B's layers with random weights of their own (more than the L2 cache holds) in one CUDA graph, SwiGLU joined to
-the gate and up projections. In between are torch's RMS norms and the slice that stands for attention, or nothing. Beside
-it bf16 by cuBLAS with the same in between. Times are microseconds a layer, medians of alternating rounds. The JSON has a
-list of rows {bits, m, between, us, rounds}, bits 16 for cuBLAS, and the GPU's name.
+LLaMA-3-8B's layers with random weights of their own (more than the L2 cache holds) in one CUDA graph, SwiGLU joined
+to the gate and up projections. In between are torch's RMS norms and the slice that stands for attention, or nothing.
+Beside it bf16 by cuBLAS with the same in between. Times are microseconds a layer, medians of alternating rounds. The
+JSON has a list of rows {bits, m, between, us, rounds}, bits 16 for cuBLAS, and the GPU's name.
 """
 
 import argparse
