@@ -27,10 +27,11 @@ HOPPER = sorted([*(KERNELS / "cuda").glob("lut_wgmma_*.cu"), *(KERNELS / "cuda")
 MICRO = KERNELS / "benchmarks" / "gpu" / "micro.cu"
 # A model's every step; the others run at load, or write more than they compute.
 HOT = ("lut_mma", "lut_mma_bulk", "lut_wgmma")
-# At most 8 bytes of stack: one register is stored once a CTA, and read where a tile is done. What avoids it (of 40
-# rewrites, with nvcc 13.0) moves the loop's counters out of uniform registers, two more instructions a block, and the
-# loop was measured as it is.
-SPILLS_OUTSIDE_ITS_LOOP = re.compile(r"lut_mma_bulk<4, (true|false), false, BulkTile<16>>")
+# Sums, x, codes and lookups under way take all but a dozen of the registers there (setmaxnreg's 112): nvcc 13.0 stores some
+# of the others, nearly all of them where a tile is done. Within the loop a warp reads at most so many an item of some
+# 200 to 390 instructions, and stores none.
+FULL = re.compile(r"lut_mma_bulk<[234], (true|false), (true|false), BulkTile<(16|32)>>")
+FULL_STACK, FULL_LOADS = 40, 2  # bytes, and instructions of the loop
 # Where wgmma is serialised or setmaxnreg ignored, ptxas says "info : (C7510) Potential Performance Loss" and the like.
 WARNING = re.compile(r"warning|error|\(C\d+\)|performance", re.IGNORECASE)
 REGISTERS = 65536  # of a multiprocessor, CUDA C++ Programming Guide, "Technical specifications per compute capability"
@@ -222,16 +223,16 @@ def test_every_kernel_is_compiled_for_every_gpu(compiled, kernels):
     # Two types, three widths, groups within a block or not; and tiles of tokens, some in two heights.
     tiles = Counter(re.search(r"(Wgmma|Bulk)Tile<[\d, ]+>", name)[0] for name in found["90a"] - everywhere)
     bulk = [f"BulkTile<{tokens}>" for tokens in (8, 16, 32)]
-    wgmma = [f"WgmmaTile<{tokens}, {strips}>" for tokens in (16, 32, 64) for strips in (2, 4)]
-    assert tiles == dict.fromkeys([*bulk, *wgmma, "WgmmaTile<128, 4>"], 12)
+    wgmma = [f"WgmmaTile<{tokens}, {strips}>" for tokens in (16, 32, 64, 128) for strips in (2, 4)]
+    assert tiles == dict.fromkeys([*bulk, *wgmma], 12)
 
 
 def test_hot_kernels_neither_spill_nor_have_a_stack(kernels):
     hot = [kernel for kernel in kernels if kernel.name.startswith(HOT)]
-    excepted = [kernel for kernel in hot if SPILLS_OUTSIDE_ITS_LOOP.fullmatch(kernel.name)]
-    bad = [kernel for kernel in hot if kernel not in excepted and (kernel.spills or kernel.stack)]
-    bad += [kernel for kernel in excepted if kernel.spills > 8 or kernel.stack > 8]
-    assert len(excepted) == 2 and not bad, "\n" + table(bad)
+    full = [kernel for kernel in hot if FULL.fullmatch(kernel.name)]
+    bad = [kernel for kernel in hot if kernel not in full and (kernel.spills or kernel.stack)]
+    bad += [kernel for kernel in full if kernel.stack > FULL_STACK]
+    assert len(full) == 24 and not bad, "\n" + table(bad)
 
 
 def test_registers_leave_room_for_a_block(compiled, kernels, tool):
@@ -274,11 +275,12 @@ def main_loop(instructions: list[str]) -> list[str]:
 def test_hot_kernels_have_no_local_memory_in_their_code(code, listing):
     for kernel in HOT:
         for key, count in of(code, kernel).items():
-            if SPILLS_OUTSIDE_ITS_LOOP.fullmatch(key[0]):
-                assert any_of(count, "LDL") <= 1 and any_of(count, "STL") <= 1, (key, count)
+            if FULL.fullmatch(key[0]):
                 count = Counter(main_loop(listing[key]))
-                assert any_of(count, "HMMA") == 32, (key, count)  # four units, four steps, two times 8 tokens
-            assert not any_of(count, "LDL", "STL"), (key, count)
+                assert any_of(count, "HMMA") == 32, (key, count)  # units x steps x times 8 tokens: 4 x 4 x 2 or 2 x 4 x 4
+                assert any_of(count, "LDL") <= FULL_LOADS and not any_of(count, "STL"), (key, count)
+            else:
+                assert not any_of(count, "LDL", "STL"), (key, count)
 
 
 # What is in the loop of each microbenchmark, and how often: kOps of micro.cu.

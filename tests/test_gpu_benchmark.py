@@ -203,3 +203,24 @@ def test_a_sanitizer_counts_what_it_says_of_our_kernels(modules):
     expected = {"finished": True, "summary": "ERROR SUMMARY: 2 errors", "our_kernels_named": 1, "wrong": 0}
     assert measure.sanitizer_result(report, 'a warning\n{"failed": 0}\n') == expected
     assert not measure.sanitizer_result("", "Traceback\n")["finished"]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_chain_gives_each_layer_what_it_takes(monkeypatch, bare):
+    monkeypatch.syspath_prepend(str(GPU))
+    import chain
+    import torch
+
+    seen = []
+
+    def call(matrix, gated):
+        def run(x):
+            seen.append((matrix.name, tuple(x.shape)))
+            return x.new_ones(len(x), matrix.n // 2 if gated else matrix.n)
+
+        return run
+
+    calls = [call(matrix, i == 2) for _ in "ab" for i, matrix in enumerate(chain.MODEL)]
+    x, wide = torch.ones(3, chain.HIDDEN), torch.ones(3, chain.INTERMEDIATE)
+    chain.step(calls, x, wide, None if bare else torch.ones(chain.HIDDEN))
+    assert seen == 2 * [(matrix.name, (3, matrix.k)) for matrix in chain.MODEL]

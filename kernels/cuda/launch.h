@@ -43,8 +43,7 @@ size_t workspace_bytes(const Device& device);
 constexpr uint32_t kGateCounters = kCounterBytes / sizeof(unsigned) / 2;
 
 // Whether run_mma and run_wgmma can make `gated` of m tokens, for two shards of as many rows: their tiles have 128 rows only
-// where one tile has all tokens (up to 16 in lut_mma.cuh, 32 in lut_mma_bulk.cuh, 64 in lut_wgmma.cuh), else 256 rows of at least
-// 32 tokens.
+// where one tile has all tokens or at least 128 of them, else 256 rows of at least 32 tokens.
 inline bool takes_gate(const Packed& w, int64_t m) {
   return w.n_shards == 2 && w.n % 16 == 0 && (w.n / 2 / 128 + 1) * ((m + 31) / 32) <= int64_t(kGateCounters);
 }

@@ -67,8 +67,9 @@ struct BulkCall {
   Work work;
 };
 
-// Shared memory: the table; the stages, each x in blocks, codes and scales of both strips; what warps add up through; the sums of a
-// tile that others have begun; for each stage a barrier that it is full and one that it is empty.
+// Shared memory: the table; what warps add up through; the sums of a tile that others have begun; for each stage a barrier that it
+// is full and one that it is empty; the stages, each x in blocks, codes and scales of both strips. They are last because their
+// size is the call's: all other addresses are constants, and no registers.
 template <int kBits, class Tile>
 struct BulkShared {
   static constexpr int kTable = table_bytes(kBits, kWideRow), kBlock = int(block_bytes(kBits));
@@ -79,12 +80,14 @@ struct BulkShared {
   static FLUTE_HD int stage_bytes(int groups) {
     return (kX + kBulkStrips * (kStripCodes + groups * kScaleRowBytes) + 1023) / 1024 * 1024;
   }
-  static int bytes(int stages, int groups) { return kTable + stages * (stage_bytes(groups) + 16) + Tile::kSums + Tile::kPart; }
+  static constexpr int kBarriers = 1024;
+  static_assert(2 * 8 * kBulkStages <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
+  static int bytes(int stages, int groups) { return kTable + Tile::kSums + Tile::kPart + kBarriers + stages * stage_bytes(groups); }
 
-  uint32_t table, stages, stage_size, sums, kept, full, empty;
-  FLUTE_DEVICE BulkShared(int n, int groups)
-      : table(shared_base()), stages(table + kTable), stage_size(uint32_t(stage_bytes(groups))), sums(stages + n * stage_size),
-        kept(sums + Tile::kSums), full(kept + Tile::kPart), empty(full + n * 8) {}
+  uint32_t table, sums, kept, full, empty, stages, stage_size;
+  FLUTE_DEVICE explicit BulkShared(int groups)
+      : table(shared_base()), sums(table + kTable), kept(sums + Tile::kSums), full(kept + Tile::kPart), empty(full + kBulkStages * 8),
+        stages(full + kBarriers), stage_size(uint32_t(stage_bytes(groups))) {}
   FLUTE_DEVICE uint32_t x(int stage) const { return stages + stage * stage_size; }
   FLUTE_DEVICE uint32_t codes(int stage, int strip) const { return x(stage) + kX + strip * kStripCodes; }
   FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const {
@@ -331,13 +334,12 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
         uint32_t codes[4 * kBits];
         load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
         const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
-          const uint32_t row = at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2);
-          // Swizzled by the row.
-          const uint32_t low = row + (lane / 8 ^ lane % 8) * 16, high = row + ((lane / 8 + 4) ^ lane % 8) * 16;
+          // Swizzled by the row: 16-byte piece i of it is at i ^ lane % 8.
+          const uint32_t row = (at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2 + 16)) ^ lane / 8 * 16;
           FLUTE_UNROLL
           for (int t = 0; t < kTokenTiles; ++t) {
-            ldmatrix4(low + t * 8 * (kBlockInputs * 2), b[t][0]);
-            ldmatrix4(high + t * 8 * (kBlockInputs * 2), b[t][1]);
+            ldmatrix4(row + t * 8 * (kBlockInputs * 2), b[t][0]);
+            ldmatrix4((row ^ 64) + t * 8 * (kBlockInputs * 2), b[t][1]);
           }
         };
         const auto scales_of = [&](int s) {
@@ -355,7 +357,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
         parity ^= 1;
       }
     }
-    float own[Tile::kOwned * 4] = {};
+    float own[Tile::kOwned * 4];
     const int thread = fresh_thread_id();
     const BulkWarp<Tile> owner(thread / 32);
     add_bulk_warps<Tile>(at.sums, owner, thread % 32, acc, own, sync);
@@ -403,7 +405,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
 
 template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
-  const BulkShared<kBits, Tile> at(p.stages, p.item_groups);
+  const BulkShared<kBits, Tile> at(p.item_groups);
   if (thread_id() >= kBulkConsumers) {
     Bringer<kBits, Tile> bringer(p, uint32_t(cta_id()));
     const bool brings = thread_id() == kBulkConsumers;
