@@ -27,9 +27,9 @@ HOPPER = sorted([*(KERNELS / "cuda").glob("lut_wgmma_*.cu"), *(KERNELS / "cuda")
 MICRO = KERNELS / "benchmarks" / "gpu" / "micro.cu"
 # A model's every step; the others run at load, or write more than they compute.
 HOT = ("lut_mma", "lut_mma_bulk", "lut_wgmma")
-# Sums, x, codes and lookups under way take all but a dozen of the registers there (setmaxnreg's 112): nvcc 13.0 stores some
-# of the others, nearly all of them where a tile is done. Within the loop a warp reads at most so many an item of some
-# 200 to 390 instructions, and stores none.
+# Sums, x, codes and lookups under way take all but a dozen of the registers there (setmaxnreg's 112): nvcc 13.0 stores
+# some of the others, nearly all of them where a tile is done. Within the loop a warp reads at most so many an item of
+# some 200 to 390 instructions, and stores none.
 FULL = re.compile(r"lut_mma_bulk<[234], (true|false), (true|false), BulkTile<(16|32)>>")
 FULL_STACK, FULL_LOADS = 40, 2  # bytes, and instructions of the loop
 # Where wgmma is serialised or setmaxnreg ignored, ptxas says "info : (C7510) Potential Performance Loss" and the like.
@@ -277,7 +277,8 @@ def test_hot_kernels_have_no_local_memory_in_their_code(code, listing):
         for key, count in of(code, kernel).items():
             if FULL.fullmatch(key[0]):
                 count = Counter(main_loop(listing[key]))
-                assert any_of(count, "HMMA") == 32, (key, count)  # units x steps x times 8 tokens: 4 x 4 x 2 or 2 x 4 x 4
+                # Units x steps x times 8 tokens: 4 x 4 x 2, or 2 x 4 x 4.
+                assert any_of(count, "HMMA") == 32, (key, count)
                 assert any_of(count, "LDL") <= FULL_LOADS and not any_of(count, "STL"), (key, count)
             else:
                 assert not any_of(count, "LDL", "STL"), (key, count)
