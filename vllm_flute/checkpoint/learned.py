@@ -24,8 +24,9 @@ _STATE = "learning.safetensors"
 # (3 bits, 40 updates) and of 1.37 to .84 (2 bits, 20 of them): SmolLM2-135M, group 64. More are affordable: a few
 # seconds each.
 UPDATES = 160
-# Adam's rate is a share of each scale: up over the first updates, then down to 0 as a cosine.
-RATE = 5e-3
+# Adam's rate is a share of each scale, by bits: up over the first updates, then down to 0 as a cosine. A step moves every
+# scale by about as much whatever its gradient, which is noise where rounding leaves little to win.
+RATES = {2: 5e-3, 3: 5e-3, 4: 1e-3}
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _ROWS = 128  # tokens whose logits are in memory at once
@@ -82,6 +83,7 @@ class _Layer:
 
     def __init__(self, plain: Mapping[str, torch.Tensor], linears: Mapping[str, LutTensor]):
         self.linears = {name: _Entries(t) for name, t in linears.items()}
+        self.rate = {name: RATES[t.bits] for name, t in linears.items()}
         self.dtype = {name: t.scales.dtype for name, t in linears.items()}
         self.rest = {name: w for name, w in plain.items() if name.removesuffix(".weight") not in linears}
         self.start = {name: t.scales.to(torch.float32) for name, t in linears.items()}
@@ -119,21 +121,21 @@ class _Layer:
 
 
 class _Adam:
-    """Adam (arXiv 1412.6980) over named tensors, with a state that is saved beside them."""
+    """Adam (arXiv 1412.6980) over named tensors, each with its rate, with a state that is saved beside them."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor], updates: int):
-        self.parameters, self.updates, self.step = parameters, updates, 0
+    def __init__(self, parameters: dict[str, torch.Tensor], rates: Mapping[str, float], updates: int):
+        self.parameters, self.rates, self.updates, self.step = parameters, rates, updates, 0
         self.first = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
         one, two = _BETAS
-        rate = RATE * min(1.0, (self.step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.step / self.updates))
+        share = min(1.0, (self.step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.step / self.updates))
         self.step += 1
         for name, g in gradients.items():
             first, second = self.first[name].lerp_(g, 1 - one), self.second[name].lerp_(g.square(), 1 - two)
             size = (second / (1 - two**self.step)).sqrt_().add_(1e-12)
-            self.parameters[name].sub_(first.div(1 - one**self.step).div_(size), alpha=rate)
+            self.parameters[name].sub_(first.div(1 - one**self.step).div_(size), alpha=self.rates[name] * share)
 
     def save(self, path: Path) -> None:
         parts = {"parameter": self.parameters, "first": self.first, "second": self.second}
@@ -196,7 +198,8 @@ def learn_scales(
     head = _linears(written, HEAD)
     output = _Head(source, head[""].dequantize(DTYPE) if head else None, block)
     changes = {f"model.layers.{i}.{n}": c for i, layer in enumerate(layers) for n, c in layer.change.items()}
-    optimizer = _Adam(changes, UPDATES)
+    rates = {f"model.layers.{i}.{name}": rate for i, layer in enumerate(layers) for name, rate in layer.rate.items()}
+    optimizer = _Adam(changes, rates, UPDATES)
     state = written.path / _STATE
     if state.exists():
         optimizer.load(state)
