@@ -26,7 +26,7 @@ _STATE = "learning.safetensors"
 UPDATES = 160
 # Adam's rate is a share of each scale, by bits: up over the first updates, then down to 0 as a cosine. A step moves every
 # scale by about as much whatever its gradient, which is noise where rounding leaves little to win.
-RATES = {2: 5e-3, 3: 5e-3, 4: 1e-3}
+RATES = {2: 5e-3, 3: 2.5e-3, 4: 1e-3}
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _ROWS = 128  # tokens whose logits are in memory at once
