@@ -1,6 +1,7 @@
 // SwiGLU within the kernel that computes its inputs: y = [gate | up], two shards of as many rows, becomes silu(gate) * up. Tiles
 // of the two halves are different CTAs' work; whichever of a pair is written second reads both (from L2, where they still are)
-// and writes their product: no launch, no pass over memory, and the same roundings as the activation alone.
+// and writes their product: no launch, no pass over memory, and the same roundings as the activation alone. Of this
+// lut_mma_bulk.cuh, whose tiles have both halves, takes silu_mul() alone.
 #pragma once
 
 #include "launch.h"

@@ -95,21 +95,18 @@ struct BulkShared {
   }
 };
 
-// Where a tile is: `strips` strips, the first of shard `shard` and `rows` rows that there are; the others this far from it.
-struct BulkPlace {
-  int shard, strip, strips, first_row, rows;
-};
-FLUTE_DEVICE int next_strip(const BulkCall& p) { return p.gated ? p.w.named[1].first_strip : 1; }
-FLUTE_DEVICE BulkPlace locate(const BulkCall& p, uint32_t tile) {
-  if (p.gated) return {0, int(tile), 2, int(tile) * kStripRows, p.w.named[0].rows - int(tile) * kStripRows};
-  const MmaPlace at = locate_rows<kBulkStrips>(p.w, p.packed, int(tile), 0);
-  return {at.shard, at.strip, at.strips, at.first_row, at.rows};
+// Where a tile is; for SwiGLU its first strip, gate's, whose other is up's.
+FLUTE_DEVICE MmaPlace locate(const BulkCall& p, uint32_t tile) {
+  if (p.gated) return {0, int(tile), 2, 0, int(tile) * kStripRows, p.w.named[0].rows - int(tile) * kStripRows};
+  return locate_rows<kBulkStrips>(p.w, p.packed, int(tile), 0);
 }
+// From a tile's strip to its other.
+FLUTE_DEVICE int next_strip(const BulkCall& p) { return p.gated ? p.w.named[1].first_strip : 1; }
 // One thread's work: brings a CTA's items one after another, at most all stages ahead.
 template <int kBits, class Tile>
 struct Bringer {
   uint32_t left, tile, slice, parity = 1;  // items left
-  int stage = 0, strip, strips;            // few registers: no BulkPlace
+  int stage = 0, strip, strips;            // few registers: no MmaPlace
 
   FLUTE_DEVICE Bringer(const BulkCall& p, uint32_t cta) {
     const uint32_t begin = first_item(p.work, cta);
@@ -119,7 +116,7 @@ struct Bringer {
     enter(p);
   }
   FLUTE_DEVICE void enter(const BulkCall& p) {
-    const BulkPlace place = locate(p, tile);
+    const MmaPlace place = locate(p, tile);
     strip = place.strip;
     strips = place.strips;
   }
@@ -275,7 +272,7 @@ FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t las
 template <bool kF16, bool kGated, class Tile>
 FLUTE_DEVICE void write_piece(const BulkCall& p, uint32_t tile, const BulkWarp<Tile>& warp, int lane,
                               const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
-  const BulkPlace at = locate(p, tile);
+  const MmaPlace at = locate(p, tile);
   const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits, half = p.w.n / 2;
   FLUTE_UNROLL
   for (int i = 0; i < 2; ++i) {

@@ -1,7 +1,7 @@
 // Stream-K (Osama et al., arXiv 2301.03598): the work of all tiles of y, cut along K into slices, is one row of items that
 // CTAs share evenly, so that no tile count leaves multiprocessors idle. A tile that several CTAs share is summed from the
 // workspace by whichever of them comes last, always in the order of CTAs: y depends on the shape and the grid alone, no CTA
-// waits for another, and results take no atomics.
+// waits for another, and results take no atomics. lut_mma_bulk.cuh shares items alike, and has another way to add up.
 //
 // A CTA has at most two shared tiles, its first and its last, hence two slots of the workspace; and it is the first of a
 // tile's CTAs for at most one shared tile, whose counter is its own.

@@ -166,7 +166,8 @@ inline void check_gated(const std::vector<uint16_t>& y, const Buffer& product, i
 
 using Kernel = const char* (*)(const Gemm&);
 
-// y of one launch, whose counters and workspace it checks; `gated` checks the product as well, of a second one. `order` seeds what the emulator leaves open.
+// y of one launch, whose counters and workspace it checks; `gated` checks the product as well, of a second one. `order` seeds what
+// the emulator leaves open.
 inline std::vector<uint16_t> run(Kernel kernel, const Layer& layer, const Input& in, const Device& device, bool with_bias,
                                  uint64_t order, const std::string& name, bool gated = false) {
   Buffer workspace(workspace_bytes(device)), y(size_t(in.m) * layer.w.n * 2), product(gated ? y.size / 2 : 0);

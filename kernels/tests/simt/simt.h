@@ -1,5 +1,6 @@
 // CUDA's execution model on a CPU, for tests: a grid's CTAs run one after another in a random order, or a few at once in the
-// order of their numbers, their threads are fibers, and collective instructions meet across a warp or a CTA. What a GPU leaves open is left open on purpose:
+// order of their numbers, their threads are fibers, and collective instructions meet across a warp or a CTA. What a GPU leaves
+// open is left open on purpose:
 // warps run ahead of each other at random, an asynchronous copy lands at any time between its issue and its wait, and shared
 // memory starts as NaNs. What a GPU forbids ends the program with one line: addresses out of bounds or not aligned,
 // deadlock, a launch that asks for too much.
