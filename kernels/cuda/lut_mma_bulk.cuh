@@ -120,7 +120,8 @@ struct Bringer {
     strip = place.strip;
     strips = place.strips;
   }
-  FLUTE_DEVICE void bring(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+  // Weights to the next stage, once it is empty, whose barrier then waits for x too.
+  FLUTE_DEVICE void bring_weights(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
     if (slice == p.work.slices) {
       slice = 0;
       ++tile;
@@ -141,13 +142,38 @@ struct Bringer {
       bulk_load_once(at.scales(stage, s, p.item_groups), p.packed + p.w.scales_offset + uint64_t(scales) * kScaleRowBytes,
                      scale_bytes, full);
     }
-    tensor_load_blocks<kBlocks>(at.x(stage), &p.x, block, 0, full);
+  }
+  FLUTE_DEVICE void bring_x(const BulkCall& p, const BulkShared<kBits, Tile>& at, int to, uint32_t slice_of_x) const {
+    tensor_load_blocks<Tile::kInputWarps>(at.x(to), &p.x, int(slice_of_x) * Tile::kInputWarps, 0, at.full + to * 8);
+  }
+  FLUTE_DEVICE void next(const BulkCall& p) {
     if (++stage == p.stages) {
       stage = 0;
       parity ^= 1;
     }
     ++slice;
     --left;
+  }
+  FLUTE_DEVICE void bring(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+    bring_weights(p, at);
+    bring_x(p, at, stage, slice);
+    next(p);
+  }
+  // The first items, of which the stages are empty: their weights, and, when the kernel before this one has ended, x.
+  FLUTE_DEVICE uint32_t first_items(const BulkCall& p) const { return left < uint32_t(p.stages) ? left : p.stages; }
+  FLUTE_DEVICE void begin(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+    FLUTE_ROLLED
+    for (uint32_t i = first_items(p); i; --i) {
+      bring_weights(p, at);
+      next(p);
+    }
+  }
+  FLUTE_DEVICE void begin_x(const BulkCall& p, const BulkShared<kBits, Tile>& at, uint32_t items, uint32_t first_slice) const {
+    FLUTE_ROLLED
+    for (uint32_t i = 0, of = first_slice; i < items; ++i, ++of) {
+      if (of == p.work.slices) of = 0;
+      bring_x(p, at, int(i), of);
+    }
   }
 };
 
@@ -403,21 +429,26 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
 template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
   const BulkShared<kBits, Tile> at(p.item_groups);
+  let_next_begin();
   if (thread_id() >= kBulkConsumers) {
     Bringer<kBits, Tile> bringer(p, uint32_t(cta_id()));
     const bool brings = thread_id() == kBulkConsumers;
+    const uint32_t first_items = bringer.first_items(p), first_slice = bringer.slice;
     if (brings) {
+      prefetch_map(&p.x);
       for (int i = 0; i < p.stages; ++i) {
         mbarrier_init(at.full + i * 8, 1);
         mbarrier_init(at.empty + i * 8, kBulkWarps);
       }
       fence_mbarrier_init();
-      bringer.bring(p, at);  // a CTA has an item at least
+      bringer.begin(p, at);
     }
     syncwarp();
     barrier();
     give_registers<kBringerRegisters>();
     if (!brings) return;
+    wait_for_earlier();
+    bringer.begin_x(p, at, first_items, first_slice);
     FLUTE_ROLLED
     while (bringer.left) bringer.bring(p, at);
   } else {
@@ -442,7 +473,7 @@ const char* launch_mma_bulk(const Gemm& g, int group_shift) {
   if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, Tile::kInputWarps, kF16)) return error;
   const bool fine = g.w.groups > 1 && group_shift < 6;
   const auto kernel = fine ? lut_mma_bulk<kBits, kF16, true, Tile> : lut_mma_bulk<kBits, kF16, false, Tile>;
-  return launch(kernel, int(call.work.ctas), kBulkThreads, Shared::bytes(call.stages, groups), g.stream, call, true);
+  return launch_early(kernel, int(call.work.ctas), kBulkThreads, Shared::bytes(call.stages, groups), g.stream, call, true);
 }
 
 template <int kBits, bool kF16>

@@ -184,6 +184,7 @@ FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, Tile>&
   const uint32_t codes_of_strip = uint32_t(call.w.blocks) * At::kStripCodes;
   const uint32_t scales_of_strip = uint32_t(call.w.groups) * kScaleRowBytes;
   Ring ring(call.stages);
+  wait_for_earlier();
   for_parts<Tile>(call, [&](const Work&, const Part& p) {
     const int64_t strip = p.shard.first_strip + p.strip;
     const uint8_t* codes = block_codes(call.w, call.packed, strip, p.begin);
@@ -417,6 +418,7 @@ template <int kBits, bool kF16, class Tile, bool kFine>
 FLUTE_KERNEL(Tile::kThreads, 1)
 lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
   const WgmmaShared<kBits, Tile> at(call.stages, block_groups(call.w));
+  let_next_begin();
   if (thread_id() == 0) {
     prefetch_map(&call.x);
     for (int i = 0; i < call.stages; ++i) {
@@ -452,7 +454,7 @@ const char* run_wgmma_tile(const Gemm& g) {
   if (call.stages < Tile::kLeastStages) return "lut_wgmma: the device has too little shared memory for its stages";
   if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, kF16)) return error;
   const auto kernel = groups > 1 ? lut_wgmma<kBits, kF16, Tile, true> : lut_wgmma<kBits, kF16, Tile, false>;
-  return launch(kernel, g.device.sms, Tile::kThreads, At::bytes(call.stages, groups), g.stream, call);
+  return launch_early(kernel, g.device.sms, Tile::kThreads, At::bytes(call.stages, groups), g.stream, call);
 }
 
 // Tiles of two strips where ones of four are too few: twice as many have half as many parts each, of half the bytes, which the

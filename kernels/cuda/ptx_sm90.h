@@ -45,6 +45,14 @@ FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int bloc
   for (int i = 0; i < kBlocks; ++i) simt::load_box(to + i * map->box_rows * 128, map, (block + i) * 64, row, bar);
 }
 
+// A kernel has what kernels before it wrote when it begins.
+FLUTE_DEVICE void let_next_begin() {}
+FLUTE_DEVICE void wait_for_earlier() {}
+template <class P>
+const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool in_order = false) {
+  return launch(kernel, grid, threads, shared_bytes, stream, parameters, in_order);
+}
+
 template <int kRegisters>
 FLUTE_DEVICE void take_registers() {
   simt::take_registers(kRegisters);
@@ -169,6 +177,31 @@ FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int bloc
       : "memory");
 }
 FLUTE_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Programmatic dependent launch ("griddepcontrol"): CTAs of a kernel that was launched early take the multiprocessors that the
+// kernel before it in the stream leaves, once all CTAs of that have called let_next_begin(). Only after wait_for_earlier() has
+// it ended, and all that it wrote, and all before it, can be read, and what it read be written.
+FLUTE_DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+FLUTE_DEVICE void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+template <class P>
+const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool = false) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, kernel, parameters);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // The register budget moves from warpgroup to warpgroup: multiples of 8; all warps of a warpgroup execute it.
