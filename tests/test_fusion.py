@@ -19,7 +19,7 @@ from vllm_flute.backends import cuda
 from vllm_flute.dispatch import pack_parts
 from vllm_flute.ops import lut_linear_op, lut_linear_silu_op
 from vllm_flute.vllm_plugin import fusion
-from vllm_flute.vllm_plugin.fusion import SiluFusion
+from vllm_flute.vllm_plugin.fusion import LayerFusion
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "load_tests"))
 from gpu_serving_models import Variant, write_dummy  # noqa: E402
@@ -70,7 +70,7 @@ class Mlp(torch.nn.Module):
 def compiled(module, dtype: torch.dtype, *sizes: int):
     """(results, code) of the module compiled with the pass for any number of tokens."""
     torch._dynamo.reset()
-    call = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": SiluFusion(dtype, "cpu")})
+    call = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": LayerFusion(dtype, "cpu")})
     inputs = [torch.randn(m, K, generator=torch.Generator().manual_seed(m)).to(dtype) for m in sizes]
     torch._dynamo.mark_dynamic(inputs[0], 0)
     first, (code,) = run_and_get_code(call, inputs[0])
@@ -95,7 +95,7 @@ def test_what_is_something_else_stays(change):
 
 def test_a_used_pass_can_be_copied_and_pickled():
     """As vLLM does with its configuration."""
-    used = SiluFusion(torch.bfloat16, "cpu")
+    used = LayerFusion(torch.bfloat16, "cpu")
     used(torch.fx.symbolic_trace(lambda x: x.relu()).graph)
     assert used._patterns is not None
     for other in (copy.deepcopy(used), pickle.loads(pickle.dumps(used))):
@@ -111,9 +111,9 @@ def test_it_is_installed_where_the_native_gpu_library_runs(monkeypatch):
     fusion.install(config, "cuda")
     ours = passes[fusion._KEY]
     fusion.install(config, "cuda")
-    assert isinstance(ours, SiluFusion) and passes[fusion._KEY] is ours
+    assert isinstance(ours, LayerFusion) and passes[fusion._KEY] is ours
     # vLLM names its cache of graphs by it.
-    assert ours.uuid() != SiluFusion(torch.float16, "cuda").uuid()
+    assert ours.uuid() != LayerFusion(torch.float16, "cuda").uuid()
     plain = CompilationConfig()
     assert config.compilation_config.compute_hash() != plain.compute_hash()
     plain.inductor_compile_config[fusion._KEY] = users = object()
@@ -134,7 +134,7 @@ params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize
 (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
 assert len(output.outputs[0].token_ids) == 4
 passes = llm.llm_engine.vllm_config.compilation_config.inductor_compile_config
-print("joined", passes[fusion._KEY].matched)
+print("joined", passes[fusion._KEY].matched, passes[fusion._KEY].norms)
 """
 
 

@@ -11,9 +11,11 @@ from .layout import ABI
 
 library = torch.library.Library("vllm_flute", "DEF")
 
-LINEAR, LINEAR_SILU, PACK, UNPACK = (
-    f"{name}_v{ABI}" for name in ("lut_linear", "lut_linear_silu", "lut_pack", "lut_unpack")
+LINEAR, LINEAR_SILU, LINEAR_ADD_NORM, LINEAR_NORMED, LINEAR_NORMED_SILU, PACK, UNPACK = (
+    f"lut_{name}_v{ABI}"
+    for name in ("linear", "linear_silu", "linear_add_norm", "linear_normed", "linear_normed_silu", "pack", "unpack")
 )
+NORM_TOKENS, STRIP_ROWS, STRIP_PARTS = 32, 64, 4  # kernels/cuda/launch.h: kNormTokens, norm_parts()
 
 # x [..., K] bf16, fp16 or fp32 -> y [..., N] in x's dtype, accumulated in fp32. kernel "": dispatch.
 library.define(
@@ -25,6 +27,22 @@ library.define(
     f"{LINEAR_SILU}(Tensor x, Tensor packed, Tensor header, Tensor? bias, SymInt N, str kernel) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
+# The residual's sum and its RMS norm after a layer, divided between the layer before the norm and those that read it, so that at
+# few tokens it is no kernel of its own. Up to NORM_TOKENS tokens, lut_linear_add_norm -> (scaled [..., N], sum [..., N], squares
+# fp32 [NORM_TOKENS, parts of N]): sum = residual + y, scaled = sum * weight, and a token's squares add up to those of its sum; the
+# norm is scaled / sqrt(all squares / N + epsilon), and lut_linear_normed(scaled, squares, ...) is lut_linear of that. Of more
+# tokens `scaled` is the norm itself and squares mean nothing.
+library.define(
+    f"{LINEAR_ADD_NORM}(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor packed, Tensor header, "
+    "Tensor? bias, SymInt N, str kernel) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+for _name in (LINEAR_NORMED, LINEAR_NORMED_SILU):
+    library.define(
+        f"{_name}(Tensor x, Tensor squares, float epsilon, Tensor packed, Tensor header, "
+        "Tensor? bias, SymInt N, str kernel) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
 # qweight uint8 [N, K*bits/8], scales bf16/fp16 [N, G], codebooks fp32 [S, 2^bits] -> packed uint8 [bytes].
 library.define(
     f"{PACK}(Tensor qweight, Tensor scales, Tensor codebooks, Tensor header) -> Tensor",
@@ -38,6 +56,9 @@ library.define(
 
 lut_linear_op = getattr(torch.ops.vllm_flute, LINEAR)
 lut_linear_silu_op = getattr(torch.ops.vllm_flute, LINEAR_SILU)
+lut_linear_add_norm_op = getattr(torch.ops.vllm_flute, LINEAR_ADD_NORM)
+lut_linear_normed_op = getattr(torch.ops.vllm_flute, LINEAR_NORMED)
+lut_linear_normed_silu_op = getattr(torch.ops.vllm_flute, LINEAR_NORMED_SILU)
 lut_pack_op = getattr(torch.ops.vllm_flute, PACK)
 lut_unpack_op = getattr(torch.ops.vllm_flute, UNPACK)
 
@@ -64,6 +85,56 @@ def silu_and_mul(y: torch.Tensor) -> torch.Tensor:
     """``y [..., N]`` -> ``silu(y[..., :N/2]) * y[..., N/2:]``, rounded after each of the two as vLLM's layer does."""
     half = y.shape[-1] // 2
     return torch.nn.functional.silu(y[..., :half]) * y[..., half:]
+
+
+@torch.library.register_fake(f"vllm_flute::{LINEAR_ADD_NORM}", lib=library)
+def _linear_add_norm_fake(x, residual, weight, epsilon, packed, header, bias, N, kernel):
+    parts = (N + STRIP_ROWS - 1) // STRIP_ROWS * STRIP_PARTS
+    y = x.new_empty((*x.shape[:-1], N))
+    return y, torch.empty_like(y), x.new_empty((NORM_TOKENS, parts), dtype=torch.float32)
+
+
+@torch.library.register_fake(f"vllm_flute::{LINEAR_NORMED}", lib=library)
+def _linear_normed_fake(x, squares, epsilon, packed, header, bias, N, kernel):
+    return x.new_empty((*x.shape[:-1], N))
+
+
+@torch.library.register_fake(f"vllm_flute::{LINEAR_NORMED_SILU}", lib=library)
+def _linear_normed_silu_fake(x, squares, epsilon, packed, header, bias, N, kernel):
+    return x.new_empty((*x.shape[:-1], N // 2))
+
+
+def _linear_add_norm(x, residual, weight, epsilon, packed, header, bias, N, kernel):
+    """Where no backend does both at once, as are the two below."""
+    total = lut_linear_op(x, packed, header, bias, N, kernel).float() + residual.float()
+    *_, squares = _linear_add_norm_fake(x, residual, weight, epsilon, packed, header, bias, N, kernel)
+    sums, tokens = total.square().sum(-1), total.numel() // N
+    if tokens > NORM_TOKENS:
+        normed = (total * torch.rsqrt(sums / N + epsilon).unsqueeze(-1)).to(x.dtype) * weight
+        return normed, total.to(x.dtype), squares.fill_(torch.nan)
+    squares.zero_()[:tokens, 0] = sums.flatten()
+    return (total * weight.float()).to(x.dtype), total.to(x.dtype), squares
+
+
+def _normed(x, squares, epsilon):
+    tokens = x.numel() // x.shape[-1]
+    if tokens > NORM_TOKENS:
+        return x
+    factors = torch.rsqrt(squares[:tokens].sum(-1) / x.shape[-1] + epsilon)
+    return (x.float() * factors.reshape(*x.shape[:-1], 1)).to(x.dtype)
+
+
+def _linear_normed(x, squares, epsilon, packed, header, bias, N, kernel):
+    return lut_linear_op(_normed(x, squares, epsilon), packed, header, bias, N, kernel)
+
+
+def _linear_normed_silu(x, squares, epsilon, packed, header, bias, N, kernel):
+    return lut_linear_silu_op(_normed(x, squares, epsilon), packed, header, bias, N, kernel)
+
+
+library.impl(LINEAR_ADD_NORM, _linear_add_norm, "CompositeExplicitAutograd")
+library.impl(LINEAR_NORMED, _linear_normed, "CompositeExplicitAutograd")
+library.impl(LINEAR_NORMED_SILU, _linear_normed_silu, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"vllm_flute::{PACK}", lib=library)

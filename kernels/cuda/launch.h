@@ -17,6 +17,22 @@ struct Device {
   int shared_bytes;  // that a block may have (opt-in)
 };
 
+// An RMS norm between two layers, at most kNormTokens tokens of it: what the first adds up, and how the second scales its tokens.
+// The first writes sum = residual + y, in place of y sum * weight, and for each 16 rows and token the sum of squares of `sum`; the
+// second multiplies its products of a token by 1 / sqrt(all squares / K + epsilon), which is the norm of its x. All contiguous, of
+// x's type or fp32.
+constexpr int kNormTokens = 32;
+constexpr FLUTE_HD int norm_parts(int n) { return (n + kStripRows - 1) / kStripRows * (kStripRows / kUnitRows); }
+struct AddNorm {
+  const void *residual, *weight;  // [M, N], [N]; residual null: none of this
+  void* sum;                      // [M, N]
+  float* squares;                 // [kNormTokens, norm_parts(N)]
+};
+struct Normed {
+  const float* squares;  // [kNormTokens, norm_parts(K)], or null
+  float epsilon;
+};
+
 // y[M, N] = x[M, K] W^T + bias[N]; x, y and bias of one 16-bit type, contiguous, x and packed 16-byte aligned.
 struct Gemm {
   Packed w;
@@ -30,6 +46,8 @@ struct Gemm {
   void* workspace;  // workspace_bytes(device); the first cleared_bytes(device) are zero before the first call, and after every
   Device device;
   void* stream;     // cudaStream_t
+  Normed normed{};  // as these two, only where takes_norms()
+  AddNorm add{};    // of one shard
 };
 
 // A stream's calls share one workspace, of a size that depends on the device alone: mail of lut_mma_bulk.cuh, kMailBytes for each
@@ -48,6 +66,9 @@ inline bool takes_gate(const Packed& w, int64_t m) {
   return w.n_shards == 2 && w.n % 16 == 0 && (w.n / 2 / 128 + 1) * ((m + 31) / 32) <= int64_t(kGateCounters);
 }
 
+// Whether run_mma has the norm before a call and the one after it in its kernel.
+bool takes_norms(const Gemm& call);
+
 // Each returns null, or one line that says what failed (CUDA's own words).
 const char* run_mma(const Gemm& call);      // any arch from 80, any M; meant for M <= 32 (K1)
 const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
@@ -55,6 +76,11 @@ const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
 const char* run_dequantize(const Packed& w, const uint8_t* packed, int64_t first_row, int64_t rows, int dtype, void* dense, void* stream);
 // silu(y[:, :half]) * y[:, half:] of y [m, 2 * half], 16-byte aligned, in `dtype`, to out [m, half].
 const char* run_silu_and_mul(const void* y, void* out, int64_t m, int half, int dtype, void* stream);
+// The same norm by itself. Of more than kNormTokens tokens the first half does it all: `out` is sum's norm times weight, and
+// there are no squares.
+const char* run_add_norm(const void* y, const AddNorm& add, float epsilon, void* out, int64_t m, int n, int dtype, void* stream);
+// x [m, k] times each token's factor, to out.
+const char* run_scale_tokens(const void* x, const Normed& normed, void* out, int64_t m, int k, int dtype, void* stream);
 // qweight uint8 [N, K*bits/8], scales 16-bit [N, G], codebooks fp32 [S, 2^bits], all on the device, to packed, and back.
 // `table` is the shards' table as the device wants it, in pinned or pageable host memory, S entries.
 const char* run_pack(const Packed& w, const Shard* table, const uint8_t* qweight, const uint16_t* scales, const float* codebooks, uint8_t* packed, void* stream);

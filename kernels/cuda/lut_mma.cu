@@ -8,6 +8,7 @@ template <int kBits>
 const char* run_mma_bulk_bits(const Gemm& call, int group_shift);  // lut_mma_bulk_<kBits>.cu
 
 // Bulk copies want Hopper and whole blocks of inputs, and pay where a few tokens wait for weights.
+static_assert(kNormTokens == 32, "what the bulk kernel takes");
 bool takes_bulk(const Gemm& call) {
   return call.device.arch == 90 && call.m <= 32 && call.w.k % kBlockInputs == 0 && call.device.shared_bytes >= 200 * 1024;
 }
@@ -16,6 +17,14 @@ const char* run_bulk(const Gemm& call, int group_shift) {
   return call.w.bits == 3 ? run_mma_bulk_bits<3>(call, group_shift) : run_mma_bulk_bits<4>(call, group_shift);
 }
 #endif
+
+bool takes_norms(const Gemm& call) {
+#ifdef FLUTE_SM90A
+  return takes_bulk(call) && (!call.add.residual || call.w.n_shards == 1);
+#else
+  return false;
+#endif
+}
 
 size_t workspace_bytes(const Device& device) {
   const size_t slots = device.arch == 90 && kWgmmaSlotBytes > kMmaSlotBytes ? kWgmmaSlotBytes : kMmaSlotBytes;
@@ -34,6 +43,7 @@ const char* run_mma(const Gemm& call) {
     }
   }
   if (const char* error = check_gate(call)) return error;
+  if ((call.normed.squares || call.add.residual) && !takes_norms(call)) return "lut_mma: only the bulk kernel has norms";
   if (call.m == 0) return nullptr;
 #ifdef FLUTE_SM90A
   if (call.w.bits >= 2 && call.w.bits <= 4 && takes_bulk(call)) return run_bulk(call, shift);

@@ -19,6 +19,9 @@
 // A tile is two strips of 64 rows x 8, 16 or 32 tokens, an item a slice of it along K, of which each of 16 warps has one block of
 // 64 inputs: of 64 rows, or, for 32 tokens, of 32 rows, whose sums and x are what a thread's registers hold. For SwiGLU the two
 // strips are the same rows of gate and up, each with its own table, so that the product needs no other tile.
+//
+// The kernel is launched early: while the one before it ends, it brings the first weights and builds the table. So a norm between
+// two calls would cost more than its own time; AddNorm and Normed of launch.h have it in the calls' own last steps.
 #pragma once
 
 #include "lut_mma.cuh"
@@ -64,11 +67,13 @@ struct BulkCall {
   int group_shift;  // as MmaParameters has it
   int item_groups;  // rows of scales of an item and strip, at most
   int stages;
+  Normed normed;
+  AddNorm add;
   Work work;
 };
 
 // Shared memory: the table; what warps add up through; the sums of a tile that others have begun; for each stage a barrier that it
-// is full and one that it is empty; the stages, each x in blocks, codes and scales of both strips. They are last because their
+// is full and one that it is empty; a barrier that the norm's factors are there, and they; the stages, each x in blocks, codes and scales of both strips. They are last because their
 // size is the call's: all other addresses are constants, and no registers.
 template <int kBits, class Tile>
 struct BulkShared {
@@ -81,13 +86,13 @@ struct BulkShared {
     return (kX + kBulkStrips * (kStripCodes + groups * kScaleRowBytes) + 1023) / 1024 * 1024;
   }
   static constexpr int kBarriers = 1024;
-  static_assert(2 * 8 * kBulkStages <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
+  static_assert(2 * 8 * kBulkStages + 16 + kNormTokens * 4 <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
   static int bytes(int stages, int groups) { return kTable + Tile::kSums + Tile::kPart + kBarriers + stages * stage_bytes(groups); }
 
-  uint32_t table, sums, kept, full, empty, stages, stage_size;
+  uint32_t table, sums, kept, full, empty, normed, factors, stages, stage_size;
   FLUTE_DEVICE explicit BulkShared(int groups)
       : table(shared_base()), sums(table + kTable), kept(sums + Tile::kSums), full(kept + Tile::kPart), empty(full + kBulkStages * 8),
-        stages(full + kBarriers), stage_size(uint32_t(stage_bytes(groups))) {}
+        normed(empty + kBulkStages * 8), factors(normed + 16), stages(full + kBarriers), stage_size(uint32_t(stage_bytes(groups))) {}
   FLUTE_DEVICE uint32_t x(int stage) const { return stages + stage * stage_size; }
   FLUTE_DEVICE uint32_t codes(int stage, int strip) const { return x(stage) + kX + strip * kStripCodes; }
   FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const {
@@ -294,12 +299,37 @@ FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t las
   }
 }
 
+// Each token's factor of the norm before this call, by the warps of the bringer's that have nothing else to do.
+constexpr int kNormWarps = 3;
+template <int kBits, class Tile>
+FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
+  const int parts = norm_parts(p.w.k);
+  FLUTE_ROLLED
+  for (int token = warp; token < p.m; token += kNormWarps) {
+    float sum = 0;
+    FLUTE_ROLLED
+    for (int i = lane * 4; i < parts; i += 32 * 4) {
+      const Words4 four = load_l2(p.normed.squares + token * parts + i);
+      FLUTE_UNROLL
+      for (int j = 0; j < 4; ++j) sum += as_f32(four.w[j]);
+    }
+    FLUTE_UNROLL
+    for (int bit = 1; bit < 32; bit *= 2) sum += as_f32(other_lane(as_bits(sum), bit));
+    if (lane == 0) sts32(at.factors + token * 4, as_bits(1 / sqrtf(sum / float(p.w.k) + p.normed.epsilon)));
+  }
+  syncwarp();
+  if (lane == 0) mbarrier_arrive(at.normed);
+}
+
 // Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
-template <bool kF16, bool kGated, class Tile>
-FLUTE_DEVICE void write_piece(const BulkCall& p, uint32_t tile, const BulkWarp<Tile>& warp, int lane,
-                              const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
+template <bool kF16, bool kGated, int kBits, class Tile>
+FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, uint32_t tile, const BulkWarp<Tile>& warp,
+                              int lane, const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
   const MmaPlace at = locate(p, tile);
   const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits, half = p.w.n / 2;
+  const auto token_of = [&](int j) { return (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2; };
+  if (p.normed.squares) mbarrier_wait(shared.normed, 0);
+  float squares[Tile::kOwned * 2] = {};
   FLUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int row = (kGated ? 0 : warp.strip * kStripRows) + unit * kUnitRows + lane / 4 + i * 8, of_y = at.first_row + row;
@@ -307,12 +337,33 @@ FLUTE_DEVICE void write_piece(const BulkCall& p, uint32_t tile, const BulkWarp<T
     const float bias = p.bias ? widen16<kF16>(p.bias[of_y]) : 0, up_bias = kGated && p.bias ? widen16<kF16>(p.bias[half + of_y]) : 0;
     FLUTE_UNROLL
     for (int j = 0; j < Tile::kOwned * 2; ++j) {
-      const int token = (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2;
-      const int of_sum = j / 2 * 4 + 2 * i + j % 2;
-      const uint16_t value = round16<kF16>(sum[of_sum] + bias);
+      const int token = token_of(j), of_sum = j / 2 * 4 + 2 * i + j % 2;
       if (token >= p.m) continue;
-      if constexpr (kGated) p.gated[int64_t(token) * half + of_y] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] + up_bias));
-      else p.y[int64_t(token) * p.w.n + of_y] = value;
+      const float factor = p.normed.squares ? as_f32(lds32(shared.factors + token * 4)) : 1;
+      const uint16_t value = round16<kF16>(sum[of_sum] * factor + bias);
+      if constexpr (kGated) {
+        p.gated[int64_t(token) * half + of_y] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] * factor + up_bias));
+      } else {
+        const int64_t place = int64_t(token) * p.w.n + of_y;
+        if (!p.add.residual) {
+          p.y[place] = value;
+          continue;
+        }
+        const float total = widen16<kF16>(value) + widen16<kF16>(static_cast<const uint16_t*>(p.add.residual)[place]);
+        static_cast<uint16_t*>(p.add.sum)[place] = round16<kF16>(total);
+        p.y[place] = round16<kF16>(total * widen16<kF16>(static_cast<const uint16_t*>(p.add.weight)[of_y]));
+        squares[j] += total * total;
+      }
+    }
+  }
+  if constexpr (!kGated) {
+    if (!p.add.residual) return;
+    FLUTE_UNROLL
+    for (int j = 0; j < Tile::kOwned * 2; ++j) {
+      FLUTE_UNROLL
+      for (int bit = 4; bit < 32; bit *= 2) squares[j] += as_f32(other_lane(as_bits(squares[j]), bit));  // lanes of other rows
+      if (lane >= 4 || token_of(j) >= p.m || warp.strip >= at.strips) continue;
+      p.add.squares[token_of(j) * norm_parts(p.w.n) + (at.strip + warp.strip) * (kStripRows / kUnitRows) + unit] = squares[j];
     }
   }
 }
@@ -390,7 +441,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
     } else if (begin < first_of(0)) {  // others have begun it
       if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, thread % 32, own);
     } else if (!p.gated) {
-      if (owner.owns()) write_piece<kF16, false, Tile>(p, tile, owner, thread % 32, own, own);
+      if (owner.owns()) write_piece<kF16, false>(p, at, tile, owner, thread % 32, own, own);
     } else {
       sync();  // everyone has read what warps add up through
       const uint32_t piece = at.sums + owner.number() % (Tile::kOwners / 2) * Tile::kPiece;
@@ -399,7 +450,7 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
       if (owner.owns() && !owner.strip) {
         float up[Tile::kOwned * 4];
         load_piece<Tile>(piece, thread % 32, up);
-        write_piece<kF16, true, Tile>(p, tile, owner, thread % 32, own, up);
+        write_piece<kF16, true>(p, at, tile, owner, thread % 32, own, up);
       }
     }
   }
@@ -420,9 +471,9 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
   add(warp.number(), own);
   if (p.gated) {
     add(warp.number() + Tile::kOwners / 2, up);
-    write_piece<kF16, true, Tile>(p, first_tile, warp, lane, own, up);
+    write_piece<kF16, true>(p, at, first_tile, warp, lane, own, up);
   } else {
-    write_piece<kF16, false, Tile>(p, first_tile, warp, lane, own, own);
+    write_piece<kF16, false>(p, at, first_tile, warp, lane, own, own);
   }
 }
 
@@ -440,13 +491,20 @@ FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
         mbarrier_init(at.full + i * 8, 1);
         mbarrier_init(at.empty + i * 8, kBulkWarps);
       }
+      mbarrier_init(at.normed, kNormWarps);
       fence_mbarrier_init();
       bringer.begin(p, at);
     }
     syncwarp();
     barrier();
     give_registers<kBringerRegisters>();
-    if (!brings) return;
+    if (!brings) {
+      const int warp = (thread_id() - kBulkConsumers) / 32 - 1;
+      if (warp < 0 || !p.normed.squares) return;
+      wait_for_earlier();
+      make_factors(p, at, warp, lane_id());
+      return;
+    }
     wait_for_earlier();
     bringer.begin_x(p, at, first_items, first_slice);
     FLUTE_ROLLED
@@ -467,7 +525,7 @@ const char* launch_mma_bulk(const Gemm& g, int group_shift) {
   if (int64_t(tiles) * slices > INT32_MAX) return "lut_mma: more weights than 32-bit work items can count";
   BulkCall call{{}, g.w, g.packed, static_cast<const uint16_t*>(g.bias), static_cast<uint16_t*>(g.y), static_cast<uint16_t*>(g.gated),
                 static_cast<uint8_t*>(g.workspace), g.m, group_shift, groups, 0,
-                share_work_evenly(tiles, slices, uint32_t(g.device.sms))};
+                g.normed, g.add, share_work_evenly(tiles, slices, uint32_t(g.device.sms))};
   while (call.stages < kBulkStages && Shared::bytes(call.stages + 1, groups) <= g.device.shared_bytes) ++call.stages;
   if (call.stages < 2) return "lut_mma: the device has too little shared memory for two stages";
   if (const char* error = encode_blocks_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, Tile::kInputWarps, kF16)) return error;

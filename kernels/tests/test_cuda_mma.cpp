@@ -106,6 +106,138 @@ void check_gates(bool few) {
   }
 }
 
+// One launch of run_mma with what launch.h has for norms.
+void run_norms(Gemm call, const Device& device, uint64_t order, const std::string& name) {
+  Buffer workspace(workspace_bytes(device));
+  memset(workspace.data.get(), 0, cleared_bytes(device));
+  call.workspace = workspace.data.get();
+  call.device = device;
+  simt::config = {order, device.shared_bytes};
+  expect(takes_norms(call), name + ": takes norms");
+  const char* const error = run_mma(call);
+  ++calls;
+  expect(!error, name + ": " + (error ? error : ""));
+}
+float value_at(const Buffer& b, size_t i, bool f16) {
+  uint16_t h;
+  memcpy(&h, b.data.get() + 2 * i, 2);
+  return widen(h, f16);
+}
+Buffer random_values(size_t count, bool f16) {
+  Buffer b(count * 2);
+  for (size_t i = 0; i < count; ++i) {
+    const uint16_t h = narrow(uniform(), f16);
+    memcpy(b.data.get() + 2 * i, &h, 2);
+  }
+  return b;
+}
+
+// What a layer before a norm writes, `scaled`, `sum` and `squares`, of its y: bits of all but the order in which squares are added.
+void check_added(const std::vector<uint16_t>& y, const Buffer& residual, const Buffer& weight, const Buffer& scaled, const Buffer& sum,
+                 const Buffer& squares, int m, int n, bool f16, float epsilon, const std::string& name) {
+  const bool whole = m > kNormTokens;
+  for (int t = 0; t < m; ++t) {
+    double all = 0, found = 0;
+    for (int i = 0; i < n; ++i) {
+      const float total = widen(y[size_t(t) * n + i], f16) + value_at(residual, size_t(t) * n + i, f16);
+      all += double(total) * total;
+      expect(value_at(sum, size_t(t) * n + i, f16) == widen(narrow(total, f16), f16), name + ": sum");
+      if (!whole) {
+        const float times = widen(narrow(total * value_at(weight, i, f16), f16), f16);
+        expect(value_at(scaled, size_t(t) * n + i, f16) == times, name + ": sum * weight");
+      }
+    }
+    for (int i = 0; i < n && whole; ++i) {
+      const double total = widen(y[size_t(t) * n + i], f16) + value_at(residual, size_t(t) * n + i, f16);
+      const double normed = total / std::sqrt(all / n + epsilon) * value_at(weight, i, f16);
+      expect(std::fabs(value_at(scaled, size_t(t) * n + i, f16) - normed) <= std::fabs(normed) * 0x1p-7 + 0x1p-24, name + ": the norm");
+    }
+    if (whole) continue;
+    for (int i = 0; i < norm_parts(n); ++i) found += reinterpret_cast<const float*>(squares.data.get())[t * norm_parts(n) + i];
+    expect(std::fabs(found - all) <= 1e-5 * all, name + ": squares of token " + std::to_string(t));
+  }
+}
+
+// Norms in the last steps of the calls before and after them, and by themselves.
+void check_norms(bool few) {
+  constexpr float kEpsilon = 1e-5f;
+  size_t turn = 0;
+  for (const Shape& shape : {Shape{{264}, 576, 64}, Shape{{72}, 1088, 32}, Shape{{512}, 256, 128}}) {
+    for (int bits = 2; bits <= 4; ++bits) {
+      for (int m : {1, 7, 8, 13, 16, 30, 32}) {
+        const bool f16 = turn % 3 == 0;
+        const int sms[] = {1, 3, 7, 132}, n = int(shape.shards[0]), k = int(shape.k);
+        const Device device = device_of(90, sms[turn++ % 4]);
+        const Layer layer = make_layer(shape, bits, false, kAny);
+        const Input in = make_input(layer, m, f16);
+        const std::string name = "norms, " + describe_case(layer, shape, in, device);
+        const std::vector<uint16_t> y = run(run_mma, layer, in, device, true, turn, name);
+        const Buffer residual = random_values(size_t(m) * n, f16), weight = random_values(n, f16);
+        Buffer scaled(size_t(m) * n * 2), sum(size_t(m) * n * 2), squares(size_t(kNormTokens) * norm_parts(n) * 4);
+        const AddNorm add{residual.data.get(), weight.data.get(), sum.data.get(), reinterpret_cast<float*>(squares.data.get())};
+        Gemm call{layer.w, layer.packed.data.get(), in.x.data.get(), in.bias.data.get(), scaled.data.get(), nullptr, m, f16, nullptr, {}, nullptr};
+        call.add = add;
+        run_norms(call, device, turn, name);
+        check_added(y, residual, weight, scaled, sum, squares, m, n, f16, kEpsilon, name);
+        const uint8_t* const beyond = squares.data.get() + size_t(m) * norm_parts(n) * 4;
+        expect(std::all_of(beyond, static_cast<const uint8_t*>(squares.data.get() + squares.size), [](uint8_t b) { return b == 0xff; }), name + ": squares of no token");
+
+        Buffer own_scaled(scaled.size), own_sum(sum.size), own_squares(squares.size);
+        const AddNorm own{residual.data.get(), weight.data.get(), own_sum.data.get(), reinterpret_cast<float*>(own_squares.data.get())};
+        expect(!run_add_norm(y.data(), own, kEpsilon, own_scaled.data.get(), m, n, f16 ? kF16 : kBf16, nullptr), name);
+        check_added(y, residual, weight, own_scaled, own_sum, own_squares, m, n, f16, kEpsilon, name + ", by itself");
+
+        // The next layer: of any squares.
+        std::vector<float> of_x(size_t(kNormTokens) * norm_parts(k), NAN);
+        Input normed = make_input(layer, m, f16);
+        const size_t parts = norm_parts(k);
+        for (int t = 0; t < m; ++t) {
+          double all = 0;
+          for (size_t i = 0; i < parts; ++i) all += of_x[t * parts + i] = 1.5f + uniform();
+          for (int i = 0; i < k; ++i) normed.values[size_t(t) * k + i] /= std::sqrt(all / k + kEpsilon);
+        }
+        Buffer out(size_t(m) * n * 2);
+        Gemm next{layer.w, layer.packed.data.get(), normed.x.data.get(), in.bias.data.get(), out.data.get(), nullptr, m, f16, nullptr, {}, nullptr};
+        next.normed = {of_x.data(), kEpsilon};
+        run_norms(next, device, turn, name);
+        std::vector<uint16_t> found(out.size / 2);
+        memcpy(found.data(), out.data.get(), out.size);
+        normed.bias_values = in.bias_values;
+        check(layer, normed, true, bound(layer, f16, 1), found, name + ", normed");
+        Buffer scaled_x(normed.x.size);
+        expect(!run_scale_tokens(normed.x.data.get(), next.normed, scaled_x.data.get(), m, k, f16 ? kF16 : kBf16, nullptr), name);
+        for (size_t i = 0; i < normed.values.size(); ++i) {
+          const double error = std::fabs(value_at(scaled_x, i, f16) - normed.values[i]);
+          expect(error <= std::fabs(normed.values[i]) * 0x1p-8 + 0x1p-24, name + ": tokens by themselves");
+        }
+
+        const Layer halves = make_layer({{shape.shards[0], shape.shards[0]}, shape.k, shape.group_size}, bits, false, kAny);
+        Buffer both(size_t(m) * n * 4), product(size_t(m) * n * 2);
+        next.w = halves.w;
+        next.packed = halves.packed.data.get();
+        next.bias = nullptr;
+        next.y = both.data.get();
+        run_norms(next, device, turn, name + ", both halves");
+        next.gated = product.data.get();
+        run_norms(next, device, turn, name + ", gated");
+        found.resize(both.size / 2);
+        memcpy(found.data(), both.data.get(), both.size);
+        check_gated(found, product, n, f16, kAny, name + ", normed and gated");
+        if (few) return;
+      }
+    }
+  }
+  for (const int n : {256, 100}) {
+    const Buffer residual = random_values(size_t(40) * n, false), weight = random_values(n, false), made = random_values(size_t(40) * n, false);
+    std::vector<uint16_t> y(size_t(40) * n);
+    memcpy(y.data(), made.data.get(), made.size);
+    Buffer sum(made.size), squares(4);
+    const AddNorm add{residual.data.get(), weight.data.get(), sum.data.get(), reinterpret_cast<float*>(squares.data.get())};
+    expect(!run_add_norm(made.data.get(), add, kEpsilon, made.data.get(), 40, n, kBf16, nullptr), "add_norm in place");
+    check_added(y, residual, weight, made, sum, squares, 40, n, false, kEpsilon, "many tokens");
+  }
+}
+
 // What is not finite stays in its token; codebooks beyond what fp16 can hold do not overflow or vanish.
 void check_values() {
   for (const int k : {200, 192}) {  // without bulk copies, and with them
@@ -149,6 +281,10 @@ void check_refusals() {
   call.w = make_layer({{8}, 64, 64}, 4, false, kAny).w;
   call.gated = in.x.data.get();
   refused("two shards of as many rows");
+  call.gated = nullptr;
+  call.device = device_of(89, 1);
+  call.normed.squares = reinterpret_cast<const float*>(in.x.data.get());
+  refused("only the bulk kernel has norms");
 }
 
 }  // namespace
@@ -159,6 +295,7 @@ int main(int argc, char** argv) {
   check_bulk(few);
   check_orders(few);
   check_gates(few);
+  check_norms(few);
   check_values();
   check_refusals();
   if (!failures) std::printf("%d calls of K1 agree with the oracle\n", calls);

@@ -80,6 +80,17 @@ static inline void check_bias(const std::optional<Tensor>& bias, const Tensor& x
   }
 }
 
+// What is added to y [.., n] before a norm, and the norm's weight.
+static inline void check_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, int64_t n) {
+  const bool alike = same_device(residual, x) && residual.scalar_type() == x.scalar_type() && residual.dim() == x.dim();
+  if (!alike || residual.size(residual.dim() - 1) != n || residual.numel() / n * x.size(x.dim() - 1) != x.numel()) {
+    fail("residual is " + shape(residual) + ", expected x's shape " + shape(x) + " with N=" + std::to_string(n) + ", its dtype and device");
+  }
+  if (!same_device(weight, x) || weight.scalar_type() != x.scalar_type() || weight.dim() != 1 || weight.size(0) != n) {
+    fail("the norm's weight is " + shape(weight) + ", expected [" + std::to_string(n) + "] in the dtype and on the device of x");
+  }
+}
+
 static inline void check_matrix(const Tensor& t, const Tensor& like, const char* name, int64_t rows, int64_t columns) {
   if (!same_device(t, like) || t.dim() != 2 || t.size(0) != rows || t.size(1) != columns || !t.is_contiguous()) {
     fail(std::string(name) + " is " + shape(t) + ", expected a contiguous " + device_name(like) + " tensor [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");

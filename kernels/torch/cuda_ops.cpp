@@ -120,9 +120,22 @@ Tensor readable(const Tensor& t) {
 // Of W at a time: all of 8192 x 8192 in 16 bits, so that cuBLAS has large matrices and the model does not need its size twice.
 constexpr int64_t kScratchBytes = int64_t(128) << 20;
 
-// y = x W^T + bias [.., N]; with `gated` silu(y[.., :N/2]) * y[.., N/2:], in the same launch where the kernel can.
+// What a call has besides: SwiGLU of its halves; the norm of x, of which the call before has made `squares`; the residual and the
+// norm after it, of which there are `sum`, `squares` and, in place of y, the sum times weight.
+struct Beside {
+  bool gated = false;
+  const Tensor* squares = nullptr;
+  double epsilon = 0;
+  const Tensor *residual = nullptr, *weight = nullptr;
+  Tensor *sum = nullptr, *made_squares = nullptr;
+};
+
+std::vector<int64_t> squares_shape(int64_t n) { return {kNormTokens, norm_parts(int(n))}; }
+
+// y = x W^T + bias [.., N]; with `gated` silu(y[.., :N/2]) * y[.., N/2:]; all in the same launch where the kernel can.
 Tensor multiply(const Tensor& input, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n,
-                const std::string& kernel_name, bool gated) {
+                const std::string& kernel_name, const Beside& beside = {}) {
+  const bool gated = beside.gated;
   const Layer layer = read_header(header);
   const Packed& w = layer.w;
   check(packed.is_cuda(), "packed must be a CUDA tensor, as x is");
@@ -144,9 +157,28 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const Tensor& header,
   Tensor product = gated ? torch::stable::new_empty(input, sizes) : output;
   if (m == 0) return product;
   bool fused = false;
-  const Tensor x = readable(input);
-  std::optional<Tensor> added;
+  Tensor x = readable(input);
+  std::optional<Tensor> added, residual, weight;
   if (bias) added = readable(*bias);
+  if (beside.residual) {
+    residual = readable(*beside.residual);
+    weight = readable(*beside.weight);
+    call.add = {residual->data_ptr(), weight->data_ptr(), beside.sum->data_ptr(), static_cast<float*>(beside.made_squares->data_ptr())};
+  }
+  if (beside.squares && m <= kNormTokens) call.normed = {static_cast<const float*>(beside.squares->data_ptr()), float(beside.epsilon)};
+  call.m = int(m);
+  call.device = current.device();
+  const Normed normed = call.normed;
+  const AddNorm add = call.add;
+  if (kernel.method != kMma || !takes_norms(call)) {
+    call.normed = {};
+    call.add = {};
+    if (normed.squares) {
+      Tensor scaled = torch::stable::empty_like(x);
+      check_launch(run_scale_tokens(x.data_ptr(), normed, scaled.data_ptr(), m, w.k, dtype, current.stream()));
+      x = scaled;
+    }
+  }
   if (kernel.method == kDequantize) {
     const int64_t fit = kScratchBytes / (int64_t(w.k) * (dtype == kF32 ? 4 : 2)) / kStripRows * kStripRows;
     multiply_by_parts(torch::stable::view(x, {m, int64_t(w.k)}), added, torch::stable::view(output, {m, n}), std::max<int64_t>(fit, kStripRows),
@@ -159,23 +191,61 @@ Tensor multiply(const Tensor& input, const Tensor& packed, const Tensor& header,
     call.y = output.data_ptr();
     fused = gated && takes_gate(w, m) && layer.shards[0].rows == layer.shards[1].rows;
     call.gated = fused ? product.data_ptr() : nullptr;
-    call.m = int(m);
     call.f16 = dtype == kF16;
     call.workspace = workspace(current, input);
-    call.device = current.device();
     call.stream = current.stream();
     check_launch(kernel.method == kMma ? run_mma(call) : run_wgmma(call));
   }
   if (gated && !fused) check_launch(run_silu_and_mul(output.data_ptr(), product.data_ptr(), m, int(n / 2), dtype, current.stream()));
+  if (add.residual && !call.add.residual) {
+    check_launch(run_add_norm(output.data_ptr(), add, float(beside.epsilon), output.data_ptr(), m, int(n), dtype, current.stream()));
+  }
   count(kernel, w, m);
   return product;
 }
 
 Tensor lut_linear(const Tensor& x, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
-  return multiply(x, packed, header, bias, n, kernel, false);
+  return multiply(x, packed, header, bias, n, kernel);
 }
 Tensor lut_linear_silu(const Tensor& x, const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
-  return multiply(x, packed, header, bias, n, kernel, true);
+  Beside beside;
+  beside.gated = true;
+  return multiply(x, packed, header, bias, n, kernel, beside);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lut_linear_add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double epsilon,
+                                                       const Tensor& packed, const Tensor& header, const std::optional<Tensor>& bias,
+                                                       int64_t n, const std::string& kernel) {
+  check_norm(x, residual, weight, n);
+  Tensor sum = torch::stable::empty_like(readable(residual)), squares = torch::stable::new_empty(x, squares_shape(n), ScalarType::Float);
+  Beside beside;
+  beside.residual = &residual;
+  beside.weight = &weight;
+  beside.epsilon = epsilon;
+  beside.sum = &sum;
+  beside.made_squares = &squares;
+  Tensor scaled = multiply(x, packed, header, bias, n, kernel, beside);
+  return {scaled, sum, squares};
+}
+Tensor normed(const Tensor& x, const Tensor& squares, double epsilon, const Tensor& packed, const Tensor& header,
+              const std::optional<Tensor>& bias, int64_t n, const std::string& kernel, bool gated) {
+  const std::vector<int64_t> shape = squares_shape(x.dim() ? x.size(x.dim() - 1) : 0);
+  check(squares.is_cuda() && squares.scalar_type() == ScalarType::Float && squares.is_contiguous() && squares.dim() == 2 &&
+            squares.size(0) == shape[0] && squares.size(1) == shape[1],
+        "squares must be the contiguous fp32 tensor that lut_linear_add_norm returned with x");
+  Beside beside;
+  beside.gated = gated;
+  beside.squares = &squares;
+  beside.epsilon = epsilon;
+  return multiply(x, packed, header, bias, n, kernel, beside);
+}
+Tensor lut_linear_normed(const Tensor& x, const Tensor& squares, double epsilon, const Tensor& packed, const Tensor& header,
+                         const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
+  return normed(x, squares, epsilon, packed, header, bias, n, kernel, false);
+}
+Tensor lut_linear_normed_silu(const Tensor& x, const Tensor& squares, double epsilon, const Tensor& packed, const Tensor& header,
+                              const std::optional<Tensor>& bias, int64_t n, const std::string& kernel) {
+  return normed(x, squares, epsilon, packed, header, bias, n, kernel, true);
 }
 
 Tensor lut_pack(const Tensor& qweight, const Tensor& scales, const Tensor& codebooks, const Tensor& header) {
@@ -225,6 +295,9 @@ FLUTE_EXPORT void flute_cuda_register() {
       [](StableLibrary& m) {
         m.impl("lut_linear_v1", TORCH_BOX(&flute::cuda::lut_linear));
         m.impl("lut_linear_silu_v1", TORCH_BOX(&flute::cuda::lut_linear_silu));
+        m.impl("lut_linear_add_norm_v1", TORCH_BOX(&flute::cuda::lut_linear_add_norm));
+        m.impl("lut_linear_normed_v1", TORCH_BOX(&flute::cuda::lut_linear_normed));
+        m.impl("lut_linear_normed_silu_v1", TORCH_BOX(&flute::cuda::lut_linear_normed_silu));
         m.impl("lut_pack_v1", TORCH_BOX(&flute::cuda::lut_pack));
         m.impl("lut_unpack_v1", TORCH_BOX(&flute::cuda::lut_unpack));
       },
