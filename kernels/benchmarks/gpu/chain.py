@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """A decode step's linear layers one after the other, as a model runs them.
 
-    python kernels/benchmarks/gpu/chain.py --out FILE [--bits 4,3,2] [--tokens 1,8,16,32] [--layers 12]
+    python kernels/benchmarks/gpu/chain.py --out FILE [--bits 4,3,2] [--tokens 1,8,16,32]
 
 LLaMA-3-8B's layers with random weights of their own (more than the L2 cache holds) in one CUDA graph, SwiGLU joined
-to the gate and up projections. In between are torch's RMS norms and the slice that stands for attention, or nothing.
-Beside it bf16 by cuBLAS with the same in between. Times are microseconds a layer, medians of alternating rounds. The
+to the gate and up projections. In between are torch's RMS norms and the slice that stands for attention; or that slice
+alone, norms and residuals being joined to the layers; or nothing. Beside it bf16 by cuBLAS with the same in between,
+or with torch's norms where ours are joined. Times are microseconds a layer, medians of alternating rounds. The
 JSON has a list of rows {bits, m, between, us, rounds}, bits 16 for cuBLAS, and the GPU's name.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -29,17 +31,37 @@ MODEL = weights.LLAMA[:4]  # qkv, o, gate_up, down
 HIDDEN, INTERMEDIATE = MODEL[0].k, MODEL[3].k
 
 
-def packed(bits: int, group_size: int, layers: int) -> list:
-    """The calls of all layers in order: x ``[M, K]`` -> ``[M, N]``, of gate_up ``[M, N/2]``."""
+EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One of the matrices. Calls: x ``[M, K]`` -> ``[M, N]``, of gate_up ``[M, N/2]``."""
+
+    kind: int  # of MODEL
+    of: weights.Packed
+
+    def arguments(self) -> tuple:
+        return self.of.packed, self.of.header, None, self.of.n, ""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        op = ops.lut_linear_silu_op if self.kind == 2 else ops.lut_linear_op
+        return op(x, *self.arguments())
+
+    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor) -> tuple:
+        return ops.lut_linear_add_norm_op(x, residual, norm, EPSILON, *self.arguments())
+
+    def normed(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        op = ops.lut_linear_normed_silu_op if self.kind == 2 else ops.lut_linear_normed_op
+        return op(x, squares, EPSILON, *self.arguments())
+
+
+def packed(bits: int, group_size: int, layers: int) -> list[Layer]:
+    """The calls of all layers in order."""
     generator = torch.Generator("cuda").manual_seed(bits)
     drawn = [weights.random_layer(m, bits, group_size, torch.bfloat16, generator) for m in MODEL]
     kinds = [weights.pack(layer, "") for layer in drawn]
-
-    def call(of: weights.Packed, gated: bool):
-        op = ops.lut_linear_silu_op if gated else ops.lut_linear_op
-        return lambda x: op(x, of.packed, of.header, None, of.n, "")
-
-    return [call(kind.copy(), i == 2) for _ in range(layers) for i, kind in enumerate(kinds)]
+    return [Layer(i, kind.copy()) for _ in range(layers) for i, kind in enumerate(kinds)]
 
 
 def plain(layers: int) -> list:
@@ -52,12 +74,22 @@ def plain(layers: int) -> list:
     return [call(matrix, i == 2) for _ in range(layers) for i, matrix in enumerate(MODEL)]
 
 
-def step(calls: list, x: torch.Tensor, wide: torch.Tensor, norm: torch.Tensor | None) -> None:
-    """One pass over the layers; without ``norm`` each call has an input of its own, x or wide."""
+def step(calls: list, x: torch.Tensor, wide: torch.Tensor, norm: torch.Tensor, between: str) -> None:
+    """One pass over the layers; with nothing in between each call has an input of its own, x or wide."""
+    if between == "joined" and isinstance(calls[0], Layer):
+        residual, hidden, squares = x, calls[0](x)[:, :HIDDEN].contiguous(), None
+        for layer in calls[1:]:
+            if layer.kind in (1, 3):
+                hidden, residual, squares = layer.add_norm(hidden, residual, norm)
+            else:
+                hidden = layer.normed(hidden, squares)
+            if layer.kind == 0:
+                hidden = hidden[:, :HIDDEN].contiguous()
+        return
     hidden = x
     for i, call in enumerate(calls):
         kind = i % len(MODEL)
-        if norm is None:
+        if between == "nothing":
             call(wide if kind == 3 else x)
             continue
         if kind in (0, 2):
@@ -66,17 +98,17 @@ def step(calls: list, x: torch.Tensor, wide: torch.Tensor, norm: torch.Tensor | 
         hidden = y[:, :HIDDEN].contiguous() if kind == 0 else y
 
 
-def graph(calls: list, m: int, bare: bool) -> torch.cuda.CUDAGraph:
+def graph(calls: list, m: int, between: str) -> torch.cuda.CUDAGraph:
     x, wide = (torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for k in (HIDDEN, INTERMEDIATE))
-    norm = None if bare else torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    norm = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(calls, x, wide, norm)
+        step(calls, x, wide, norm, between)
     torch.cuda.current_stream().wait_stream(side)
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        step(calls, x, wide, norm)
+        step(calls, x, wide, norm, between)
     captured.replay()
     return captured
 
@@ -97,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--tokens", default="1,8,16,32")
+    parser.add_argument("--between", default="joined,norms,nothing")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--group-size", type=int, default=128)
     options = parser.parse_args()
@@ -104,15 +137,14 @@ def main() -> None:
     chains[16] = plain(options.layers)
     rows = []
     for m in map(int, options.tokens.split(",")):
-        for bare in (False, True):
-            graphs = {bits: graph(calls, m, bare) for bits, calls in chains.items()}
+        for between in options.between.split(","):
+            graphs = {bits: graph(calls, m, between) for bits, calls in chains.items()}
             rounds = [{bits: microseconds(g, options.layers) for bits, g in graphs.items()} for _ in range(ROUNDS)]
-            between = "nothing" if bare else "norms"
             for bits in graphs:
                 times = [each[bits] for each in rounds]
                 rows.append({"bits": bits, "m": m, "between": between, "us": statistics.median(times), "rounds": times})
             found = ", ".join(f"{row['bits']} bits {row['us']:.1f}" for row in rows[-len(graphs) :])
-            print(f"M={m}, {between} in between, us a layer: {found}", flush=True)
+            print(f"M={m}, in between {between}, us a layer: {found}", flush=True)
     gpu = torch.cuda.get_device_name()
     facts = {"gpu": gpu, "group_size": options.group_size, "layers": options.layers}
     options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from fused import GATES, SMALL_GATE, gated
+from fused import GATES, NORMS, SMALL_GATE, SMALL_NORM, gated, normed
 from timing import reason
 from tolerance import allowed_error
 from weights import LLAMA, TRITON, Layer, Matrix, Packed, kernels, pack, random_layer
@@ -309,7 +309,10 @@ def fixed_cases(checker: Checker, small: bool) -> list[tuple]:
         for case in ((SMALL, 4, 128, torch.bfloat16), (SMALL, 3, 64, torch.float16), (SMALL, 2, 32, torch.bfloat16)):
             cases += [(checker.round_trip, *case), (checker.products, "ragged", *case)]
         cases += [(checker.products, "other scales", SMALL, 4, 64, torch.bfloat16, torch.float16)]
-        cases += [(gated, checker, SMALL_GATE, 4, 64, torch.bfloat16)]
+        cases += [
+            (gated, checker, SMALL_GATE, 4, 64, torch.bfloat16),
+            (normed, checker, SMALL_NORM, 4, 64, torch.bfloat16),
+        ]
         return [*cases, (checker.decode, SMALL, 4, 128, torch.bfloat16), (checker.repeats, SMALL, 3, 64, torch.float16)]
     for i, case in enumerate((b, g, d) for d in DTYPES for g in GROUPS for b in BITS):
         ragged = [RAGGED[j % len(RAGGED)] for j in (i, i + 1)]
@@ -318,7 +321,7 @@ def fixed_cases(checker: Checker, small: bool) -> list[tuple]:
         cases += [(checker.repeats, REPEAT, *case)]
         cases += [(checker.products, "ragged", ragged[0], *case)]
         cases += [(checker.products, "other scales", ragged[1], *case, other)]
-        cases += [(gated, checker, GATES[i % len(GATES)], *case)]
+        cases += [(gated, checker, GATES[i % len(GATES)], *case), (normed, checker, NORMS[i % len(NORMS)], *case)]
     odd = [(each, b, each.k, d) for each in ODD_INPUTS for b in BITS for d in DTYPES]
     return cases + [(checker.products, "one group", *case) for case in odd]
 
