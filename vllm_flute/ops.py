@@ -30,8 +30,8 @@ library.define(
 # A residual and the RMS norm after a layer, divided between that layer and those that read the norm, so that at few
 # tokens it is no kernel of its own. Up to NORM_TOKENS tokens, lut_linear_add_norm -> (scaled [..., N], sum [..., N],
 # squares fp32 [NORM_TOKENS, parts of N]): sum = residual + y, scaled = sum * weight, and a token's squares add up to
-# those of its sum. The norm is scaled / sqrt(all squares / N + epsilon), of which lut_linear_normed(scaled, squares, ...)
-# is lut_linear. Of more tokens `scaled` is the norm itself and squares mean nothing.
+# those of its sum. The norm is scaled / sqrt(all squares / N + epsilon), and lut_linear_normed(scaled, squares, ...) is
+# lut_linear of that. Of more tokens `scaled` is the norm itself and squares mean nothing.
 library.define(
     f"{LINEAR_ADD_NORM}(Tensor x, Tensor residual, Tensor weight, float epsilon, Tensor packed, Tensor header, "
     "Tensor? bias, SymInt N, str kernel) -> (Tensor, Tensor, Tensor)",
