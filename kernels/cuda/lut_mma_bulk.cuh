@@ -302,16 +302,21 @@ FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t las
 // Each token's factor of the norm before this call, by the warps of the bringer's that have nothing else to do.
 constexpr int kNormWarps = 3;
 template <int kBits, class Tile>
-FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
+FLUTE_RARE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
   const int parts = norm_parts(p.w.k);
   FLUTE_ROLLED
   for (int token = warp; token < p.m; token += kNormWarps) {
     float sum = 0;
+    constexpr int kAtOnce = 4;  // 16 bytes a lane: a hidden size of 8192
     FLUTE_ROLLED
-    for (int i = lane * 4; i < parts; i += 32 * 4) {
-      const Words4 four = load_l2(p.normed.squares + token * parts + i);
+    for (int first = lane * 4; first < parts; first += kAtOnce * 128) {
+      Words4 read[kAtOnce];
       FLUTE_UNROLL
-      for (int j = 0; j < 4; ++j) sum += as_f32(four.w[j]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        read[i] = first + i * 128 < parts ? load_l2(p.normed.squares + token * parts + first + i * 128) : Words4{};
+      }
+      FLUTE_UNROLL
+      for (int i = 0; i < kAtOnce * 4; ++i) sum += as_f32(read[i / 4].w[i % 4]);
     }
     FLUTE_UNROLL
     for (int bit = 1; bit < 32; bit *= 2) sum += as_f32(other_lane(as_bits(sum), bit));
@@ -321,51 +326,116 @@ FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>&
   if (lane == 0) mbarrier_arrive(at.normed);
 }
 
-// Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
-template <bool kF16, bool kGated, int kBits, class Tile>
-FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, uint32_t tile, const BulkWarp<Tile>& warp,
-                              int lane, const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
-  const MmaPlace at = locate(p, tile);
-  const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits, half = p.w.n / 2;
-  const auto token_of = [&](int j) { return (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2; };
-  if (p.normed.squares) mbarrier_wait(shared.normed, 0);
-  float squares[Tile::kOwned * 2] = {};
-  FLUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int row = (kGated ? 0 : warp.strip * kStripRows) + unit * kUnitRows + lane / 4 + i * 8, of_y = at.first_row + row;
-    if (row >= at.rows) continue;
-    const float bias = p.bias ? widen16<kF16>(p.bias[of_y]) : 0, up_bias = kGated && p.bias ? widen16<kF16>(p.bias[half + of_y]) : 0;
+// What of a tile's end is read from memory, of the rows and tokens that a lane owns: all of it before anything waits.
+template <bool kF16, class Tile>
+struct Beside {
+  static constexpr int kTokens = Tile::kOwned * 2;
+  MmaPlace at;
+  int unit, row[2];  // row of y, or -1
+  float bias[2], up_bias[2], weight[2], residual[2][kTokens];
+
+  FLUTE_DEVICE static int token(const BulkWarp<Tile>& warp, int lane, int j) {
+    return (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2;
+  }
+  FLUTE_DEVICE Beside(const BulkCall& p, uint32_t tile, const BulkWarp<Tile>& warp, int lane)
+      : at(locate(p, tile)), unit(warp.half * Tile::kUnits + warp.input % Tile::kUnits) {
+    const auto read = [](const void* from, int64_t i) { return widen16<kF16>(static_cast<const uint16_t*>(from)[i]); };
     FLUTE_UNROLL
-    for (int j = 0; j < Tile::kOwned * 2; ++j) {
-      const int token = token_of(j), of_sum = j / 2 * 4 + 2 * i + j % 2;
-      if (token >= p.m) continue;
-      const float factor = p.normed.squares ? as_f32(lds32(shared.factors + token * 4)) : 1;
-      const uint16_t value = round16<kF16>(sum[of_sum] * factor + bias);
-      if constexpr (kGated) {
-        p.gated[int64_t(token) * half + of_y] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] * factor + up_bias));
-      } else {
-        const int64_t place = int64_t(token) * p.w.n + of_y;
-        if (!p.add.residual) {
-          p.y[place] = value;
-          continue;
-        }
-        const float total = widen16<kF16>(value) + widen16<kF16>(static_cast<const uint16_t*>(p.add.residual)[place]);
-        static_cast<uint16_t*>(p.add.sum)[place] = round16<kF16>(total);
-        p.y[place] = round16<kF16>(total * widen16<kF16>(static_cast<const uint16_t*>(p.add.weight)[of_y]));
-        squares[j] += total * total;
+    for (int i = 0; i < 2; ++i) {
+      const int of_tile = (p.gated ? 0 : warp.strip * kStripRows) + unit * kUnitRows + lane / 4 + i * 8;
+      row[i] = of_tile < at.rows ? at.first_row + of_tile : -1;
+      bias[i] = p.bias && row[i] >= 0 ? read(p.bias, row[i]) : 0;
+      up_bias[i] = p.bias && p.gated && row[i] >= 0 ? read(p.bias, p.w.n / 2 + row[i]) : 0;
+      weight[i] = p.add.residual && row[i] >= 0 ? read(p.add.weight, row[i]) : 0;
+      FLUTE_UNROLL
+      for (int j = 0; j < kTokens; ++j) {
+        const int t = token(warp, lane, j);
+        residual[i][j] = p.add.residual && row[i] >= 0 && t < p.m ? read(p.add.residual, int64_t(t) * p.w.n + row[i]) : 0;
       }
     }
   }
-  if constexpr (!kGated) {
-    if (!p.add.residual) return;
+};
+
+// Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
+template <bool kF16, int kBits, class Tile>
+FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, const Beside<kF16, Tile>& beside,
+                              const BulkWarp<Tile>& warp, int lane, const float (&sum)[Tile::kOwned * 4],
+                              const float (&up)[Tile::kOwned * 4]) {
+  if (p.normed.squares) mbarrier_wait(shared.normed, 0);
+  FLUTE_UNROLL
+  for (int j = 0; j < Tile::kOwned * 2; ++j) {
+    const int token = beside.token(warp, lane, j);
+    const float factor = p.normed.squares ? as_f32(lds32(shared.factors + token * 4)) : 1;
+    float squares = 0;
     FLUTE_UNROLL
-    for (int j = 0; j < Tile::kOwned * 2; ++j) {
-      FLUTE_UNROLL
-      for (int bit = 4; bit < 32; bit *= 2) squares[j] += as_f32(other_lane(as_bits(squares[j]), bit));  // lanes of other rows
-      if (lane >= 4 || token_of(j) >= p.m || warp.strip >= at.strips) continue;
-      p.add.squares[token_of(j) * norm_parts(p.w.n) + (at.strip + warp.strip) * (kStripRows / kUnitRows) + unit] = squares[j];
+    for (int i = 0; i < 2; ++i) {
+      const int row = beside.row[i], of_sum = j / 2 * 4 + 2 * i + j % 2;
+      if (row < 0 || token >= p.m) continue;
+      const uint16_t value = round16<kF16>(sum[of_sum] * factor + beside.bias[i]);
+      const int64_t place = int64_t(token) * p.w.n + row;
+      if (p.gated) {
+        p.gated[int64_t(token) * (p.w.n / 2) + row] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] * factor + beside.up_bias[i]));
+      } else if (!p.add.residual) {
+        p.y[place] = value;
+      } else {
+        const float total = widen16<kF16>(value) + beside.residual[i][j];
+        static_cast<uint16_t*>(p.add.sum)[place] = round16<kF16>(total);
+        p.y[place] = round16<kF16>(total * beside.weight[i]);
+        squares += total * total;
+      }
+    }
+    if (!p.add.residual) continue;
+    FLUTE_UNROLL
+    for (int bit = 4; bit < 32; bit *= 2) squares += as_f32(other_lane(as_bits(squares), bit));  // lanes of other rows
+    if (lane >= 4 || token >= p.m || warp.strip >= beside.at.strips) continue;
+    const int part = (beside.at.strip + warp.strip) * (kStripRows / kUnitRows) + beside.unit;
+    p.add.squares[token * norm_parts(p.w.n) + part] = squares;
+  }
+}
+
+// A tile's end in this CTA: what the warps own goes to the CTA that ends it, waits for what others have of it, or is written.
+template <bool kF16, int kBits, class Tile>
+FLUTE_RARE void end_tile(const BulkCall& p, const BulkShared<kBits, Tile>& at, uint32_t tile, const float (&own)[Tile::kOwned * 4]) {
+  const int thread = thread_id(), lane = thread % 32;
+  const BulkWarp<Tile> warp(thread / 32);
+  const uint32_t begin = tile * p.work.slices, cta = uint32_t(cta_id());
+  if (begin + p.work.slices > first_item(p.work, cta + 1)) {  // the next CTA goes on
+    if (warp.owns()) send_piece<Tile>(letter<Tile>(p, cta, warp.number(), lane), own);
+  } else if (begin < first_item(p.work, cta)) {  // others have begun it
+    if (warp.owns()) store_piece<Tile>(at.kept + warp.number() * Tile::kPiece, lane, own);
+  } else if (!p.gated) {
+    if (warp.owns()) write_piece(p, at, Beside<kF16, Tile>(p, tile, warp, lane), warp, lane, own, own);
+  } else {
+    barrier(kBulkBarrier, kBulkConsumers);  // everyone has read what warps add up through
+    const uint32_t piece = at.sums + warp.number() % (Tile::kOwners / 2) * Tile::kPiece;
+    if (warp.owns() && warp.strip) store_piece<Tile>(piece, lane, own);
+    barrier(kBulkBarrier, kBulkConsumers);
+    if (warp.owns() && !warp.strip) {
+      float up[Tile::kOwned * 4];
+      load_piece<Tile>(piece, lane, up);
+      write_piece(p, at, Beside<kF16, Tile>(p, tile, warp, lane), warp, lane, own, up);
     }
   }
+}
+
+// The tile that others have begun and this CTA has ended, if there is one.
+template <bool kF16, int kBits, class Tile>
+FLUTE_RARE void end_shared_tile(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+  const uint32_t cta = uint32_t(cta_id()), tile = first_item(p.work, cta) / p.work.slices, begin = tile * p.work.slices;
+  if (begin == first_item(p.work, cta) || begin + p.work.slices > first_item(p.work, cta + 1)) return;
+  barrier(kBulkBarrier, kBulkConsumers);  // what was kept is there
+  const int thread = thread_id(), lane = thread % 32;
+  const BulkWarp<Tile> warp(thread / 32);
+  if (!warp.owns() || (p.gated && warp.strip)) return;
+  const Beside<kF16, Tile> beside(p, tile, warp, lane);
+  const auto add = [&](int n, float(&sums)[Tile::kOwned * 4]) {
+    load_piece<Tile>(at.kept + n * Tile::kPiece, lane, sums);
+    receive_pieces<Tile>(p, owner(p.work, begin), cta, n, lane, sums);
+  };
+  float own[Tile::kOwned * 4], up[Tile::kOwned * 4];
+  add(warp.number(), own);
+  if (p.gated) add(warp.number() + Tile::kOwners / 2, up);
+  write_piece(p, at, beside, warp, lane, own, up);
 }
 
 // kFine: a block has more than one group.
@@ -433,48 +503,10 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
     }
     float own[Tile::kOwned * 4];
     const int thread = fresh_thread_id();
-    const BulkWarp<Tile> owner(thread / 32);
-    add_bulk_warps<Tile>(at.sums, owner, thread % 32, acc, own, sync);
-    const uint32_t begin = tile * p.work.slices;
-    if (begin + p.work.slices > first_of(1)) {  // the next CTA goes on
-      if (owner.owns()) send_piece<Tile>(letter<Tile>(p, uint32_t(cta_id()), owner.number(), thread % 32), own);
-    } else if (begin < first_of(0)) {  // others have begun it
-      if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, thread % 32, own);
-    } else if (!p.gated) {
-      if (owner.owns()) write_piece<kF16, false>(p, at, tile, owner, thread % 32, own, own);
-    } else {
-      sync();  // everyone has read what warps add up through
-      const uint32_t piece = at.sums + owner.number() % (Tile::kOwners / 2) * Tile::kPiece;
-      if (owner.owns() && owner.strip) store_piece<Tile>(piece, thread % 32, own);
-      sync();
-      if (owner.owns() && !owner.strip) {
-        float up[Tile::kOwned * 4];
-        load_piece<Tile>(piece, thread % 32, up);
-        write_piece<kF16, true>(p, at, tile, owner, thread % 32, own, up);
-      }
-    }
+    add_bulk_warps<Tile>(at.sums, BulkWarp<Tile>(thread / 32), thread % 32, acc, own, sync);
+    end_tile<kF16>(p, at, tile, own);
   }
-
-  // The tile that others have begun and this CTA has ended.
-  const uint32_t first_tile = first_of(0) / p.work.slices, begin = first_tile * p.work.slices;
-  if (begin == first_of(0) || begin + p.work.slices > first_of(1)) return;
-  sync();  // what was kept is there
-  const int thread = fresh_thread_id(), lane = thread % 32;
-  const BulkWarp<Tile> warp(thread / 32);
-  if (!warp.owns() || (p.gated && warp.strip)) return;
-  const uint32_t first_cta = owner(p.work, begin);
-  const auto add = [&](int n, float(&sums)[Tile::kOwned * 4]) {
-    load_piece<Tile>(at.kept + n * Tile::kPiece, lane, sums);
-    receive_pieces<Tile>(p, first_cta, uint32_t(cta_id()), n, lane, sums);
-  };
-  float own[Tile::kOwned * 4], up[Tile::kOwned * 4];
-  add(warp.number(), own);
-  if (p.gated) {
-    add(warp.number() + Tile::kOwners / 2, up);
-    write_piece<kF16, true>(p, at, first_tile, warp, lane, own, up);
-  } else {
-    write_piece<kF16, false>(p, at, first_tile, warp, lane, own, own);
-  }
+  end_shared_tile<kF16>(p, at);
 }
 
 template <int kBits, bool kF16, bool kFine, class Tile>

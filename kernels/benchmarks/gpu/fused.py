@@ -9,7 +9,7 @@ from vllm_flute import ops
 
 GATES = (Matrix("gate.a", (1024, 1024), 640), Matrix("gate.b", (200, 200), 384), Matrix("gate.c", (14336, 14336), 4096))
 SMALL_GATE = Matrix("small.gate", (24, 24), 128)
-NORMS = (Matrix("norm.a", (4096,), 1024), Matrix("norm.b", (264,), 576))
+NORMS = (Matrix("norm.a", (4096,), 1024), Matrix("norm.b", (264,), 640))
 SMALL_NORM = Matrix("small.norm", (24,), 128)
 EPSILON = 1e-5
 ONE_LAUNCH = ("mma", "wgmma")  # kernels that are one launch whatever is fused to them
