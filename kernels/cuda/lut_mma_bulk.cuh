@@ -89,10 +89,11 @@ struct BulkShared {
   static_assert(2 * 8 * kBulkStages + 16 + kNormTokens * 4 <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
   static int bytes(int stages, int groups) { return kTable + Tile::kSums + Tile::kPart + kBarriers + stages * stage_bytes(groups); }
 
-  uint32_t table, sums, kept, full, empty, normed, factors, stages, stage_size;
-  FLUTE_DEVICE explicit BulkShared(int groups)
-      : table(shared_base()), sums(table + kTable), kept(sums + Tile::kSums), full(kept + Tile::kPart), empty(full + kBulkStages * 8),
-        normed(empty + kBulkStages * 8), factors(normed + 16), stages(full + kBarriers), stage_size(uint32_t(stage_bytes(groups))) {}
+  static constexpr uint32_t table = kSharedBegin, sums = table + kTable, kept = sums + Tile::kSums, full = kept + Tile::kPart,
+                            empty = full + kBulkStages * 8, normed = empty + kBulkStages * 8, factors = normed + 16,
+                            stages = full + kBarriers;
+  uint32_t stage_size;
+  FLUTE_DEVICE explicit BulkShared(int groups) : stage_size(uint32_t(stage_bytes(groups))) {}
   FLUTE_DEVICE uint32_t x(int stage) const { return stages + stage * stage_size; }
   FLUTE_DEVICE uint32_t codes(int stage, int strip) const { return x(stage) + kX + strip * kStripCodes; }
   FLUTE_DEVICE uint32_t scales(int stage, int strip, int groups) const {
@@ -302,7 +303,7 @@ FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t las
 // Each token's factor of the norm before this call, by the warps of the bringer's that have nothing else to do.
 constexpr int kNormWarps = 3;
 template <int kBits, class Tile>
-FLUTE_RARE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
+FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
   const int parts = norm_parts(p.w.k);
   FLUTE_ROLLED
   for (int token = warp; token < p.m; token += kNormWarps) {
@@ -358,9 +359,9 @@ struct Beside {
 
 // Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
 template <bool kF16, int kBits, class Tile>
-FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, const Beside<kF16, Tile>& beside,
-                              const BulkWarp<Tile>& warp, int lane, const float (&sum)[Tile::kOwned * 4],
-                              const float (&up)[Tile::kOwned * 4]) {
+FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, uint32_t tile, const BulkWarp<Tile>& warp,
+                              int lane, const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
+  const Beside<kF16, Tile> beside(p, tile, warp, lane);
   if (p.normed.squares) mbarrier_wait(shared.normed, 0);
   FLUTE_UNROLL
   for (int j = 0; j < Tile::kOwned * 2; ++j) {
@@ -393,51 +394,6 @@ FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& 
   }
 }
 
-// A tile's end in this CTA: what the warps own goes to the CTA that ends it, waits for what others have of it, or is written.
-template <bool kF16, int kBits, class Tile>
-FLUTE_RARE void end_tile(const BulkCall& p, const BulkShared<kBits, Tile>& at, uint32_t tile, const float (&own)[Tile::kOwned * 4]) {
-  const int thread = thread_id(), lane = thread % 32;
-  const BulkWarp<Tile> warp(thread / 32);
-  const uint32_t begin = tile * p.work.slices, cta = uint32_t(cta_id());
-  if (begin + p.work.slices > first_item(p.work, cta + 1)) {  // the next CTA goes on
-    if (warp.owns()) send_piece<Tile>(letter<Tile>(p, cta, warp.number(), lane), own);
-  } else if (begin < first_item(p.work, cta)) {  // others have begun it
-    if (warp.owns()) store_piece<Tile>(at.kept + warp.number() * Tile::kPiece, lane, own);
-  } else if (!p.gated) {
-    if (warp.owns()) write_piece(p, at, Beside<kF16, Tile>(p, tile, warp, lane), warp, lane, own, own);
-  } else {
-    barrier(kBulkBarrier, kBulkConsumers);  // everyone has read what warps add up through
-    const uint32_t piece = at.sums + warp.number() % (Tile::kOwners / 2) * Tile::kPiece;
-    if (warp.owns() && warp.strip) store_piece<Tile>(piece, lane, own);
-    barrier(kBulkBarrier, kBulkConsumers);
-    if (warp.owns() && !warp.strip) {
-      float up[Tile::kOwned * 4];
-      load_piece<Tile>(piece, lane, up);
-      write_piece(p, at, Beside<kF16, Tile>(p, tile, warp, lane), warp, lane, own, up);
-    }
-  }
-}
-
-// The tile that others have begun and this CTA has ended, if there is one.
-template <bool kF16, int kBits, class Tile>
-FLUTE_RARE void end_shared_tile(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
-  const uint32_t cta = uint32_t(cta_id()), tile = first_item(p.work, cta) / p.work.slices, begin = tile * p.work.slices;
-  if (begin == first_item(p.work, cta) || begin + p.work.slices > first_item(p.work, cta + 1)) return;
-  barrier(kBulkBarrier, kBulkConsumers);  // what was kept is there
-  const int thread = thread_id(), lane = thread % 32;
-  const BulkWarp<Tile> warp(thread / 32);
-  if (!warp.owns() || (p.gated && warp.strip)) return;
-  const Beside<kF16, Tile> beside(p, tile, warp, lane);
-  const auto add = [&](int n, float(&sums)[Tile::kOwned * 4]) {
-    load_piece<Tile>(at.kept + n * Tile::kPiece, lane, sums);
-    receive_pieces<Tile>(p, owner(p.work, begin), cta, n, lane, sums);
-  };
-  float own[Tile::kOwned * 4], up[Tile::kOwned * 4];
-  add(warp.number(), own);
-  if (p.gated) add(warp.number() + Tile::kOwners / 2, up);
-  write_piece(p, at, beside, warp, lane, own, up);
-}
-
 // kFine: a block has more than one group.
 template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
@@ -450,69 +406,106 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
   int slice = int(first_of(0) - tile * p.work.slices), stage = 0;
   uint32_t parity = 0;
   float to_weight = 0;
+  // One turn a tile, and a last one for a tile that others have begun and this CTA has ended: there is one place where tiles are
+  // written, since code that a CTA runs once waits for instructions.
   FLUTE_ROLLED
-  for (; left; ++tile, slice = 0) {
-    // Read anew for each tile: addresses that follow from it would take registers all the time.
+  for (;; ++tile, slice = 0) {
+    float own[Tile::kOwned * 4];
+    if (left) {
+      // Read anew for each tile: addresses that follow from it would take registers all the time.
+      const int lane = fresh_thread_id() % 32;
+      const BulkWarp<Tile> warp(fresh_thread_id() / 32);
+      const uint32_t copy = lane_copy<kBits>(lane) + (p.gated ? warp.strip * kGateTables : 0);
+      const int shard = locate(p, tile).shard;
+      // Nobody reads the table now: warps met when they added up the tile before.
+      if (tile == first_of(0) / p.work.slices || shard != locate(p, tile - 1).shard) {
+        FLUTE_ROLLED
+        for (int s = 0; s < (p.gated ? 2 : 1); ++s) {
+          const float* const book = books(p.packed) + (shard + s) * 16;
+          const Normal normal = normalise(book, kF16 ? 14 : 0);  // see lut_mma.cuh
+          build_table<kBits, kWideRow, kF16>(at.table + s * kGateTables, book, normal.to_table, fresh_thread_id(), kBulkConsumers);
+          if (!p.gated || s == warp.strip) to_weight = normal.to_weight;
+        }
+        sync();
+      }
+      // Where the tile has one strip, the other's warps add up what the stage happens to hold, which nobody writes.
+      float acc[Tile::kUnits][kTokenTiles][4] = {};
+      FLUTE_ROLLED
+      for (; left && slice < int(p.work.slices); ++slice, --left) {
+        const int block = slice * Tile::kInputWarps + warp.input;
+        mbarrier_wait(at.full + stage * 8, parity);
+        if (block < p.w.blocks) {
+          uint32_t codes[4 * kBits];
+          load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
+          const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
+            // Swizzled by the row: 16-byte piece i of it is at i ^ lane % 8.
+            const uint32_t row = (at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2 + 16)) ^ lane / 8 * 16;
+            FLUTE_UNROLL
+            for (int t = 0; t < kTokenTiles; ++t) {
+              ldmatrix4(row + t * 8 * (kBlockInputs * 2), b[t][0]);
+              ldmatrix4((row ^ 64) + t * 8 * (kBlockInputs * 2), b[t][1]);
+            }
+          };
+          const auto scales_of = [&](int s) {
+            const int first = group_of(p, slice * Tile::kInputWarps * kBlockInputs);
+            const int group = group_of(p, block * kBlockInputs + (kFine ? s * kStepInputs : 0));
+            return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
+                   warp.half * Tile::kUnits * 4;
+          };
+          multiply_block<kBits, kWideRow, kF16, kFine>(at.table, copy, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
+        }
+        syncwarp();  // every lane has read the stage
+        if (lane == 0) mbarrier_arrive(at.empty + stage * 8);
+        if (++stage == p.stages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+      const int thread = fresh_thread_id();
+      const BulkWarp<Tile> owner(thread / 32);
+      add_bulk_warps<Tile>(at.sums, owner, thread % 32, acc, own, sync);
+      const uint32_t begin = tile * p.work.slices;
+      if (begin + p.work.slices > first_of(1)) {  // the next CTA goes on
+        if (owner.owns()) send_piece<Tile>(letter<Tile>(p, uint32_t(cta_id()), owner.number(), thread % 32), own);
+        continue;
+      }
+      if (begin < first_of(0)) {  // others have begun it
+        if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, thread % 32, own);
+        continue;
+      }
+    } else {
+      tile = first_of(0) / p.work.slices;
+      const uint32_t begin = tile * p.work.slices;
+      if (stage < 0 || begin == first_of(0) || begin + p.work.slices > first_of(1)) return;
+      stage = -1;
+      sync();  // what was kept is there
+      const int thread = fresh_thread_id();
+      const BulkWarp<Tile> warp(thread / 32);
+      if (warp.owns()) {
+        load_piece<Tile>(at.kept + warp.number() * Tile::kPiece, thread % 32, own);
+        const uint32_t first = owner(p.work, tile * p.work.slices);
+        receive_pieces<Tile>(p, first, uint32_t(cta_id()), warp.number(), thread % 32, own);
+      }
+    }
     const int lane = fresh_thread_id() % 32;
     const BulkWarp<Tile> warp(fresh_thread_id() / 32);
-    const uint32_t copy = lane_copy<kBits>(lane) + (p.gated ? warp.strip * kGateTables : 0);
-    const int shard = locate(p, tile).shard;
-    // Nobody reads the table now: warps met when they added up the tile before.
-    if (tile == first_of(0) / p.work.slices || shard != locate(p, tile - 1).shard) {
-      FLUTE_ROLLED
-      for (int s = 0; s < (p.gated ? 2 : 1); ++s) {
-        const float* const book = books(p.packed) + (shard + s) * 16;
-        const Normal normal = normalise(book, kF16 ? 14 : 0);  // see lut_mma.cuh
-        build_table<kBits, kWideRow, kF16>(at.table + s * kGateTables, book, normal.to_table, fresh_thread_id(), kBulkConsumers);
-        if (!p.gated || s == warp.strip) to_weight = normal.to_weight;
-      }
+    float up[Tile::kOwned * 4] = {};
+    if (p.gated) {
+      const uint32_t piece = at.sums + warp.number() % (Tile::kOwners / 2) * Tile::kPiece;
+      sync();  // everyone has read what warps add up through
+      if (warp.owns() && warp.strip) store_piece<Tile>(piece, lane, own);
       sync();
+      if (warp.owns() && !warp.strip) load_piece<Tile>(piece, lane, up);
     }
-    // Where the tile has one strip, the other's warps add up what the stage happens to hold, which nobody writes.
-    float acc[Tile::kUnits][kTokenTiles][4] = {};
-    FLUTE_ROLLED
-    for (; left && slice < int(p.work.slices); ++slice, --left) {
-      const int block = slice * Tile::kInputWarps + warp.input;
-      mbarrier_wait(at.full + stage * 8, parity);
-      if (block < p.w.blocks) {
-        uint32_t codes[4 * kBits];
-        load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
-        const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
-          // Swizzled by the row: 16-byte piece i of it is at i ^ lane % 8.
-          const uint32_t row = (at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2 + 16)) ^ lane / 8 * 16;
-          FLUTE_UNROLL
-          for (int t = 0; t < kTokenTiles; ++t) {
-            ldmatrix4(row + t * 8 * (kBlockInputs * 2), b[t][0]);
-            ldmatrix4((row ^ 64) + t * 8 * (kBlockInputs * 2), b[t][1]);
-          }
-        };
-        const auto scales_of = [&](int s) {
-          const int first = group_of(p, slice * Tile::kInputWarps * kBlockInputs);
-          const int group = group_of(p, block * kBlockInputs + (kFine ? s * kStepInputs : 0));
-          return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
-                 warp.half * Tile::kUnits * 4;
-        };
-        multiply_block<kBits, kWideRow, kF16, kFine>(at.table, copy, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
-      }
-      syncwarp();  // every lane has read the stage
-      if (lane == 0) mbarrier_arrive(at.empty + stage * 8);
-      if (++stage == p.stages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    }
-    float own[Tile::kOwned * 4];
-    const int thread = fresh_thread_id();
-    add_bulk_warps<Tile>(at.sums, BulkWarp<Tile>(thread / 32), thread % 32, acc, own, sync);
-    end_tile<kF16>(p, at, tile, own);
+    if (warp.owns() && !(p.gated && warp.strip)) write_piece<kF16>(p, at, tile, warp, lane, own, up);
   }
-  end_shared_tile<kF16>(p, at);
 }
 
 template <int kBits, bool kF16, bool kFine, class Tile>
 FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
   const BulkShared<kBits, Tile> at(p.item_groups);
   let_next_begin();
+  check_shared_begin();
   if (thread_id() >= kBulkConsumers) {
     Bringer<kBits, Tile> bringer(p, uint32_t(cta_id()));
     const bool brings = thread_id() == kBulkConsumers;

@@ -12,7 +12,6 @@
 #include "flute.h"
 #include "simt.h"
 #define FLUTE_DEVICE inline
-#define FLUTE_RARE inline
 #define FLUTE_KERNEL(threads, ctas) void
 #define FLUTE_UNROLL
 #define FLUTE_ROLLED
@@ -20,7 +19,6 @@
 #else
 #include <cuda_runtime.h>
 #define FLUTE_DEVICE __device__ __forceinline__
-#define FLUTE_RARE __device__ __noinline__  // what would take registers of the loop before it
 #define FLUTE_KERNEL(threads, ctas) __global__ void __launch_bounds__(threads, ctas)
 #define FLUTE_UNROLL _Pragma("unroll")
 #define FLUTE_ROLLED _Pragma("unroll 1")

@@ -45,6 +45,10 @@ FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int bloc
   for (int i = 0; i < kBlocks; ++i) simt::load_box(to + i * map->box_rows * 128, map, (block + i) * 64, row, bar);
 }
 
+// Where a CTA's dynamic shared memory begins, as a constant.
+constexpr uint32_t kSharedBegin = simt::kSharedBase;
+FLUTE_DEVICE void check_shared_begin() {}
+
 // A kernel has what kernels before it wrote when it begins.
 FLUTE_DEVICE void let_next_begin() {}
 FLUTE_DEVICE void wait_for_earlier() {}
@@ -177,6 +181,13 @@ FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int bloc
       : "memory");
 }
 FLUTE_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// Where a CTA's dynamic shared memory begins if it has no other, which is not known when a kernel is compiled: behind what the
+// system has reserved (cudaDevAttrReservedSharedMemoryPerBlock). As a constant it is part of instructions' addresses.
+constexpr uint32_t kSharedBegin = 1024;
+FLUTE_DEVICE void check_shared_begin() {
+  if (shared_base() != kSharedBegin) asm volatile("trap;");
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // Programmatic dependent launch ("griddepcontrol"): CTAs of a kernel that was launched early take the multiprocessors that the
