@@ -20,7 +20,7 @@ const char* run_bulk(const Gemm& call, int group_shift) {
 
 bool takes_norms(const Gemm& call) {
 #ifdef FLUTE_SM90A
-  return takes_bulk(call) && (!call.add.residual || call.w.n_shards == 1);
+  return takes_bulk(call) && (!call.add.residual || (call.w.n_shards == 1 && call.w.n % 8 == 0));
 #else
   return false;
 #endif

@@ -327,72 +327,90 @@ FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>&
   if (lane == 0) mbarrier_arrive(at.normed);
 }
 
-// What of a tile's end is read from memory, of the rows and tokens that a lane owns: all of it before anything waits.
-template <bool kF16, class Tile>
-struct Beside {
-  static constexpr int kTokens = Tile::kOwned * 2;
+// A tile's end: warps leave their sums in shared memory, token by token, and each thread writes eight rows of a token; for SwiGLU
+// of gate and up. What it reads from memory for that is asked for when it is made, before anything waits.
+template <bool kF16, int kBits, class Tile>
+struct TileEnd {
+  static constexpr int kPitch = (kBulkStrips * kStripRows + 4) * 4;  // of a token: lanes of a store have banks of their own
+  static_assert(Tile::kTokens * kPitch <= Tile::kSums && kBulkConsumers >= Tile::kTokens * kBulkStrips * kStripRows / 8, "it fits");
   MmaPlace at;
-  int unit, row[2];  // row of y, or -1
-  float bias[2], up_bias[2], weight[2], residual[2][kTokens];
+  int token, octet, row, left;  // row of y; rows from there on
+  bool whole;                   // eight rows that can be written at once
+  Words4 residual{}, weight{};
 
-  FLUTE_DEVICE static int token(const BulkWarp<Tile>& warp, int lane, int j) {
-    return (j / 2 * Tile::kRoundTiles + warp.input / Tile::kUnits) * 8 + lane % 4 * 2 + j % 2;
+  FLUTE_DEVICE TileEnd(const BulkCall& p, uint32_t tile) : at(locate(p, tile)) {
+    const int octets = (p.gated ? 1 : kBulkStrips) * kStripRows / 8;
+    token = fresh_thread_id() / octets;
+    octet = fresh_thread_id() % octets;
+    row = at.first_row + octet * 8;
+    left = token < p.m ? at.rows - octet * 8 : 0;
+    whole = left >= 8 && (p.w.n | row) % 8 == 0 && (!p.gated || p.w.n % 16 == 0);
+    if (!p.add.residual || left <= 0) return;  // then all are whole: takes_norms()
+    residual = load_l2(static_cast<const uint16_t*>(p.add.residual) + int64_t(token) * p.w.n + row);
+    weight = load_l2(static_cast<const uint16_t*>(p.add.weight) + row);
   }
-  FLUTE_DEVICE Beside(const BulkCall& p, uint32_t tile, const BulkWarp<Tile>& warp, int lane)
-      : at(locate(p, tile)), unit(warp.half * Tile::kUnits + warp.input % Tile::kUnits) {
-    const auto read = [](const void* from, int64_t i) { return widen16<kF16>(static_cast<const uint16_t*>(from)[i]); };
+
+  FLUTE_DEVICE void leave(uint32_t out, const BulkWarp<Tile>& warp, int lane, const float (&own)[Tile::kOwned * 4]) const {
+    const int unit = warp.half * Tile::kUnits + warp.input % Tile::kUnits;
+    const uint32_t first = out + (warp.input / Tile::kUnits * 8 + lane % 4 * 2) * kPitch +
+                           (warp.strip * kStripRows + unit * kUnitRows + lane / 4) * 4;
     FLUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int of_tile = (p.gated ? 0 : warp.strip * kStripRows) + unit * kUnitRows + lane / 4 + i * 8;
-      row[i] = of_tile < at.rows ? at.first_row + of_tile : -1;
-      bias[i] = p.bias && row[i] >= 0 ? read(p.bias, row[i]) : 0;
-      up_bias[i] = p.bias && p.gated && row[i] >= 0 ? read(p.bias, p.w.n / 2 + row[i]) : 0;
-      weight[i] = p.add.residual && row[i] >= 0 ? read(p.add.weight, row[i]) : 0;
+    for (int i = 0; i < Tile::kOwned * 4; ++i) {
+      sts32(first + (i / 4 * Tile::kRoundTiles * 8 + i % 2) * kPitch + i / 2 % 2 * 8 * 4, as_bits(own[i]));
+    }
+  }
+
+  FLUTE_DEVICE static uint16_t value(const BulkCall& p, float sum, float factor, int row) {
+    return round16<kF16>(sum * factor + (p.bias ? widen16<kF16>(p.bias[row]) : 0));
+  }
+  FLUTE_DEVICE void write(const BulkCall& p, const BulkShared<kBits, Tile>& shared) const {
+    const uint32_t sums = shared.sums + token * kPitch + octet * 32, up = sums + kStripRows * 4;
+    const int half = p.w.n / 2;
+    if (p.normed.squares) mbarrier_wait(shared.normed, 0);
+    const float factor = p.normed.squares && left > 0 ? as_f32(lds32(shared.factors + token * 4)) : 1;
+    uint16_t* const to = p.gated ? p.gated + int64_t(token) * half + row : p.y + int64_t(token) * p.w.n + row;
+    float squares = 0;
+    if (whole) {
+      Words4 result, total{};
       FLUTE_UNROLL
-      for (int j = 0; j < kTokens; ++j) {
-        const int t = token(warp, lane, j);
-        residual[i][j] = p.add.residual && row[i] >= 0 && t < p.m ? read(p.add.residual, int64_t(t) * p.w.n + row[i]) : 0;
+      for (int four = 0; four < 2; ++four) {
+        const Words4 of_y = lds128(sums + four * 16), of_up = p.gated ? lds128(up + four * 16) : Words4{};
+        FLUTE_UNROLL
+        for (int pair = 0; pair < 2; ++pair) {
+          uint16_t y[2], sum[2] = {};
+          FLUTE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int n = pair * 2 + i, r = row + four * 4 + n;
+            y[i] = value(p, as_f32(of_y.w[n]), factor, r);
+            if (p.gated) {
+              y[i] = silu_mul<kF16>(y[i], value(p, as_f32(of_up.w[n]), factor, half + r));
+            } else if (p.add.residual) {
+              const int word = four * 2 + pair, shift = 16 * i;
+              const float added = widen16<kF16>(y[i]) + widen16<kF16>(uint16_t(residual.w[word] >> shift));
+              sum[i] = round16<kF16>(added);
+              y[i] = round16<kF16>(added * widen16<kF16>(uint16_t(weight.w[word] >> shift)));
+              squares += added * added;
+            }
+          }
+          result.w[four * 2 + pair] = y[0] | uint32_t(y[1]) << 16;
+          total.w[four * 2 + pair] = sum[0] | uint32_t(sum[1]) << 16;
+        }
+      }
+      store_global(to, result);
+      if (p.add.residual) store_global(static_cast<uint16_t*>(p.add.sum) + int64_t(token) * p.w.n + row, total);
+    } else {  // the end of a shard that is none of eight rows, or what follows one
+      FLUTE_ROLLED
+      for (int i = 0; i < 8 && i < left; ++i) {
+        const uint16_t y = value(p, as_f32(lds32(sums + i * 4)), factor, row + i);
+        to[i] = p.gated ? silu_mul<kF16>(y, value(p, as_f32(lds32(up + i * 4)), factor, half + row + i)) : y;
       }
     }
+    if (!p.add.residual) return;
+    squares += as_f32(other_lane(as_bits(squares), 1));  // the other eight rows of sixteen
+    if (octet % 2 || token >= p.m || octet / (kStripRows / 8) >= at.strips) return;
+    p.add.squares[token * norm_parts(p.w.n) + at.strip * (kStripRows / kUnitRows) + octet / 2] = squares;
   }
 };
-
-// Writes what a warp owns of a tile; for SwiGLU that is gate's, and it is multiplied by up's.
-template <bool kF16, int kBits, class Tile>
-FLUTE_DEVICE void write_piece(const BulkCall& p, const BulkShared<kBits, Tile>& shared, uint32_t tile, const BulkWarp<Tile>& warp,
-                              int lane, const float (&sum)[Tile::kOwned * 4], const float (&up)[Tile::kOwned * 4]) {
-  const Beside<kF16, Tile> beside(p, tile, warp, lane);
-  if (p.normed.squares) mbarrier_wait(shared.normed, 0);
-  FLUTE_UNROLL
-  for (int j = 0; j < Tile::kOwned * 2; ++j) {
-    const int token = beside.token(warp, lane, j);
-    const float factor = p.normed.squares ? as_f32(lds32(shared.factors + token * 4)) : 1;
-    float squares = 0;
-    FLUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int row = beside.row[i], of_sum = j / 2 * 4 + 2 * i + j % 2;
-      if (row < 0 || token >= p.m) continue;
-      const uint16_t value = round16<kF16>(sum[of_sum] * factor + beside.bias[i]);
-      const int64_t place = int64_t(token) * p.w.n + row;
-      if (p.gated) {
-        p.gated[int64_t(token) * (p.w.n / 2) + row] = silu_mul<kF16>(value, round16<kF16>(up[of_sum] * factor + beside.up_bias[i]));
-      } else if (!p.add.residual) {
-        p.y[place] = value;
-      } else {
-        const float total = widen16<kF16>(value) + beside.residual[i][j];
-        static_cast<uint16_t*>(p.add.sum)[place] = round16<kF16>(total);
-        p.y[place] = round16<kF16>(total * beside.weight[i]);
-        squares += total * total;
-      }
-    }
-    if (!p.add.residual) continue;
-    FLUTE_UNROLL
-    for (int bit = 4; bit < 32; bit *= 2) squares += as_f32(other_lane(as_bits(squares), bit));  // lanes of other rows
-    if (lane >= 4 || token >= p.m || warp.strip >= beside.at.strips) continue;
-    const int part = (beside.at.strip + warp.strip) * (kStripRows / kUnitRows) + beside.unit;
-    p.add.squares[token * norm_parts(p.w.n) + part] = squares;
-  }
-}
 
 // kFine: a block has more than one group.
 template <int kBits, bool kF16, bool kFine, class Tile>
@@ -478,26 +496,19 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
       const uint32_t begin = tile * p.work.slices;
       if (stage < 0 || begin == first_of(0) || begin + p.work.slices > first_of(1)) return;
       stage = -1;
-      sync();  // what was kept is there
-      const int thread = fresh_thread_id();
-      const BulkWarp<Tile> warp(thread / 32);
-      if (warp.owns()) {
-        load_piece<Tile>(at.kept + warp.number() * Tile::kPiece, thread % 32, own);
-        const uint32_t first = owner(p.work, tile * p.work.slices);
-        receive_pieces<Tile>(p, first, uint32_t(cta_id()), warp.number(), thread % 32, own);
-      }
     }
+    const TileEnd<kF16, kBits, Tile> end(p, tile);
     const int lane = fresh_thread_id() % 32;
     const BulkWarp<Tile> warp(fresh_thread_id() / 32);
-    float up[Tile::kOwned * 4] = {};
-    if (p.gated) {
-      const uint32_t piece = at.sums + warp.number() % (Tile::kOwners / 2) * Tile::kPiece;
-      sync();  // everyone has read what warps add up through
-      if (warp.owns() && warp.strip) store_piece<Tile>(piece, lane, own);
-      sync();
-      if (warp.owns() && !warp.strip) load_piece<Tile>(piece, lane, up);
+    sync();  // what was kept is there, and everyone has read what warps add up through
+    if (stage < 0 && warp.owns()) {
+      load_piece<Tile>(at.kept + warp.number() * Tile::kPiece, lane, own);
+      const uint32_t first = owner(p.work, tile * p.work.slices);
+      receive_pieces<Tile>(p, first, uint32_t(cta_id()), warp.number(), lane, own);
     }
-    if (warp.owns() && !(p.gated && warp.strip)) write_piece<kF16>(p, at, tile, warp, lane, own, up);
+    if (warp.owns()) end.leave(at.sums, warp, lane, own);
+    sync();
+    end.write(p, at);
   }
 }
 
