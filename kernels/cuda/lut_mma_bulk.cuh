@@ -73,7 +73,7 @@ struct BulkCall {
 };
 
 // Shared memory: the table; what warps add up through; the sums of a tile that others have begun; for each stage a barrier that it
-// is full and one that it is empty; a barrier that the norm's factors are there, and they; the stages, each x in blocks, codes and scales of both strips. They are last because their
+// is full and one that it is empty; the norm's factors; the stages, each x in blocks, codes and scales of both strips. They are last because their
 // size is the call's: all other addresses are constants, and no registers.
 template <int kBits, class Tile>
 struct BulkShared {
@@ -86,11 +86,11 @@ struct BulkShared {
     return (kX + kBulkStrips * (kStripCodes + groups * kScaleRowBytes) + 1023) / 1024 * 1024;
   }
   static constexpr int kBarriers = 1024;
-  static_assert(2 * 8 * kBulkStages + 16 + kNormTokens * 4 <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
+  static_assert(2 * 8 * kBulkStages + kNormTokens * 4 <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
   static int bytes(int stages, int groups) { return kTable + Tile::kSums + Tile::kPart + kBarriers + stages * stage_bytes(groups); }
 
   static constexpr uint32_t table = kSharedBegin, sums = table + kTable, kept = sums + Tile::kSums, full = kept + Tile::kPart,
-                            empty = full + kBulkStages * 8, normed = empty + kBulkStages * 8, factors = normed + 16,
+                            empty = full + kBulkStages * 8, factors = empty + kBulkStages * 8,
                             stages = full + kBarriers;
   uint32_t stage_size;
   FLUTE_DEVICE explicit BulkShared(int groups) : stage_size(uint32_t(stage_bytes(groups))) {}
@@ -300,31 +300,26 @@ FLUTE_DEVICE void receive_pieces(const BulkCall& p, uint32_t first, uint32_t las
   }
 }
 
-// Each token's factor of the norm before this call, by the warps of the bringer's that have nothing else to do.
-constexpr int kNormWarps = 3;
+// Each token's factor of the norm before this call, while the first x is on its way.
 template <int kBits, class Tile>
-FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at, int warp, int lane) {
-  const int parts = norm_parts(p.w.k);
+FLUTE_DEVICE void make_factors(const BulkCall& p, const BulkShared<kBits, Tile>& at) {
+  constexpr int kThreads = kBulkConsumers / kNormTokens, kAtOnce = 4;  // of a token; 16 bytes each: K = 4096
+  const int parts = norm_parts(p.w.k), token = fresh_thread_id() / kThreads, thread = fresh_thread_id() % kThreads;
+  const float* const squares = p.normed.squares + token * parts;
+  float sum = 0;
   FLUTE_ROLLED
-  for (int token = warp; token < p.m; token += kNormWarps) {
-    float sum = 0;
-    constexpr int kAtOnce = 4;  // 16 bytes a lane: a hidden size of 8192
-    FLUTE_ROLLED
-    for (int first = lane * 4; first < parts; first += kAtOnce * 128) {
-      Words4 read[kAtOnce];
-      FLUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        read[i] = first + i * 128 < parts ? load_l2(p.normed.squares + token * parts + first + i * 128) : Words4{};
-      }
-      FLUTE_UNROLL
-      for (int i = 0; i < kAtOnce * 4; ++i) sum += as_f32(read[i / 4].w[i % 4]);
+  for (int first = thread * 4; first < parts && token < p.m; first += kAtOnce * kThreads * 4) {
+    Words4 read[kAtOnce] = {};
+    FLUTE_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kThreads * 4 < parts) read[i] = load_l2(squares + first + i * kThreads * 4);
     }
     FLUTE_UNROLL
-    for (int bit = 1; bit < 32; bit *= 2) sum += as_f32(other_lane(as_bits(sum), bit));
-    if (lane == 0) sts32(at.factors + token * 4, as_bits(1 / sqrtf(sum / float(p.w.k) + p.normed.epsilon)));
+    for (int i = 0; i < kAtOnce * 4; ++i) sum += as_f32(read[i / 4].w[i % 4]);
   }
-  syncwarp();
-  if (lane == 0) mbarrier_arrive(at.normed);
+  FLUTE_UNROLL
+  for (int bit = 1; bit < kThreads; bit *= 2) sum += as_f32(other_lane(as_bits(sum), bit));
+  if (thread == 0) sts32(at.factors + token * 4, as_bits(1 / sqrtf(sum / float(p.w.k) + p.normed.epsilon)));
 }
 
 // A tile's end: warps leave their sums in shared memory, token by token, and each thread writes eight rows of a token; for SwiGLU
@@ -366,7 +361,6 @@ struct TileEnd {
   FLUTE_DEVICE void write(const BulkCall& p, const BulkShared<kBits, Tile>& shared) const {
     const uint32_t sums = shared.sums + token * kPitch + octet * 32, up = sums + kStripRows * 4;
     const int half = p.w.n / 2;
-    if (p.normed.squares) mbarrier_wait(shared.normed, 0);
     const float factor = p.normed.squares && left > 0 ? as_f32(lds32(shared.factors + token * 4)) : 1;
     uint16_t* const to = p.gated ? p.gated + int64_t(token) * half + row : p.y + int64_t(token) * p.w.n + row;
     float squares = 0;
@@ -424,6 +418,10 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
   int slice = int(first_of(0) - tile * p.work.slices), stage = 0;
   uint32_t parity = 0;
   float to_weight = 0;
+  if (p.normed.squares) {
+    wait_for_earlier();
+    make_factors(p, at);
+  }
   // One turn a tile, and a last one for a tile that others have begun and this CTA has ended: there is one place where tiles are
   // written, since code that a CTA runs once waits for instructions.
   FLUTE_ROLLED
@@ -431,8 +429,8 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
     float own[Tile::kOwned * 4];
     if (left) {
       // Read anew for each tile: addresses that follow from it would take registers all the time.
-      const int lane = fresh_thread_id() % 32;
-      const BulkWarp<Tile> warp(fresh_thread_id() / 32);
+      const int lane = fresh_lane();
+      const BulkWarp<Tile> warp(fresh_warp());
       const uint32_t copy = lane_copy<kBits>(lane) + (p.gated ? warp.strip * kGateTables : 0);
       const int shard = locate(p, tile).shard;
       // Nobody reads the table now: warps met when they added up the tile before.
@@ -465,8 +463,9 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
             }
           };
           const auto scales_of = [&](int s) {
-            const int first = group_of(p, slice * Tile::kInputWarps * kBlockInputs);
-            const int group = group_of(p, block * kBlockInputs + (kFine ? s * kStepInputs : 0));
+            // Of whole blocks none is beyond the last group.
+            const int first = (slice * Tile::kInputWarps * kBlockInputs) >> p.group_shift;
+            const int group = (block * kBlockInputs + (kFine ? s * kStepInputs : 0)) >> p.group_shift;
             return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
                    warp.half * Tile::kUnits * 4;
           };
@@ -479,16 +478,16 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
           parity ^= 1;
         }
       }
-      const int thread = fresh_thread_id();
-      const BulkWarp<Tile> owner(thread / 32);
-      add_bulk_warps<Tile>(at.sums, owner, thread % 32, acc, own, sync);
+      const int to = fresh_lane();
+      const BulkWarp<Tile> owner(fresh_warp());
+      add_bulk_warps<Tile>(at.sums, owner, to, acc, own, sync);
       const uint32_t begin = tile * p.work.slices;
       if (begin + p.work.slices > first_of(1)) {  // the next CTA goes on
-        if (owner.owns()) send_piece<Tile>(letter<Tile>(p, uint32_t(cta_id()), owner.number(), thread % 32), own);
+        if (owner.owns()) send_piece<Tile>(letter<Tile>(p, uint32_t(cta_id()), owner.number(), to), own);
         continue;
       }
       if (begin < first_of(0)) {  // others have begun it
-        if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, thread % 32, own);
+        if (owner.owns()) store_piece<Tile>(at.kept + owner.number() * Tile::kPiece, to, own);
         continue;
       }
     } else {
@@ -498,8 +497,8 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
       stage = -1;
     }
     const TileEnd<kF16, kBits, Tile> end(p, tile);
-    const int lane = fresh_thread_id() % 32;
-    const BulkWarp<Tile> warp(fresh_thread_id() / 32);
+    const int lane = fresh_lane();
+    const BulkWarp<Tile> warp(fresh_warp());
     sync();  // what was kept is there, and everyone has read what warps add up through
     if (stage < 0 && warp.owns()) {
       load_piece<Tile>(at.kept + warp.number() * Tile::kPiece, lane, own);
@@ -527,20 +526,13 @@ FLUTE_KERNEL(kBulkThreads, 1) lut_mma_bulk(FLUTE_PARAMETER BulkCall p) {
         mbarrier_init(at.full + i * 8, 1);
         mbarrier_init(at.empty + i * 8, kBulkWarps);
       }
-      mbarrier_init(at.normed, kNormWarps);
       fence_mbarrier_init();
       bringer.begin(p, at);
     }
     syncwarp();
     barrier();
     give_registers<kBringerRegisters>();
-    if (!brings) {
-      const int warp = (thread_id() - kBulkConsumers) / 32 - 1;
-      if (warp < 0 || !p.normed.squares) return;
-      wait_for_earlier();
-      make_factors(p, at, warp, lane_id());
-      return;
-    }
+    if (!brings) return;
     wait_for_earlier();
     bringer.begin_x(p, at, first_items, first_slice);
     FLUTE_ROLLED

@@ -292,6 +292,9 @@ const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, v
 #endif
 
 FLUTE_DEVICE int lane_id() { return thread_id() % 32; }
+// Unsigned: who divides a number that could be negative takes three instructions more.
+FLUTE_DEVICE int fresh_lane() { return int(unsigned(fresh_thread_id()) % 32); }
+FLUTE_DEVICE int fresh_warp() { return int(unsigned(fresh_thread_id()) / 32); }
 // `value` of the lane whose number is this one's but for one bit, which is 1, 2, 4 ...
 FLUTE_DEVICE uint32_t other_lane(uint32_t value, int bit) { return from_lane(value, lane_id() ^ bit); }
 
