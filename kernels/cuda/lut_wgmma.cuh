@@ -8,12 +8,6 @@
 // of two strips each: a warp has units 0 and 1, or 2 and 3, of a strip, and looks up one step of 16 inputs while others are
 // multiplied.
 //
-// A block's x is 16 KiB at 128 tokens, where 4 bits of 128 rows are 4 KiB: without clusters a LLaMA-3-8B layer's matrices took 164
-// us of an H100 (measured), their codes 38 us of HBM, and x was 464 MB through L2 (reckoned). So from 64 tokens on two CTAs are a
-// cluster. They compute neighbouring tiles of rows from the same blocks at a time, and each brings half of x's box to both, when
-// both have read what was in its place: x goes through L2 once for two tiles. Where a shard has an odd number of tiles, the last
-// pair's second has no rows: its CTA brings its half of x, multiplies whatever the stages hold, and writes nothing.
-//
 // Two warpgroups cannot hide how long lookups, products and wgmma take one after another: with them a block of 256 rows x 64
 // tokens took 1290 cycles of an H100 (measured), of which its schedulers had nothing to issue in two thirds. And the last CTA of
 // a tile that many share reads all their sums alone, about 64 bytes a cycle: with tiles of 256 x 64 that was the larger part of
@@ -76,8 +70,6 @@ struct WgmmaTile {
   // The stage that a team's last block came from is empty once its next one is looked up, which must be there by then. Between
   // two barriers of all consumers a stage is one team's: another would not know which of two earlier phases a parity means.
   static constexpr int kLeastStages = 2 * kTeams;
-  // CTAs of a cluster, each of which brings its share of x's tokens to all. 1: no clusters.
-  static constexpr int kCluster = kTokens >= 64 ? 2 : 1, kShareTokens = kTokens / kCluster;
   // At launch a thread has 65536 / kThreads registers, rounded down to a multiple of 8: 96 or 168. The sum must stay.
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kProducerRegisters = kFew ? 32 : 40, kConsumerRegisters = kFew ? 112 : 232;
@@ -111,8 +103,7 @@ struct WgmmaShared {
   static constexpr int kWarpOut = 2 * 32 * 16;  // 16 bytes a lane, twice
   static constexpr int kOut = Tile::kConsumers / 32 * kWarpOut, kFlag = 16, kBarriers = 2 * kWgmmaStages * 8;
   static constexpr int kExchange = Tile::kTeams > 1 ? Tile::kConsumers * Tile::kValues * int(sizeof(float)) : 0;
-  static constexpr int kXShare = kX / Tile::kCluster;
-  static_assert(kTable % kTileAlign == 0 && kXShare % kTileAlign == 0, "x tiles are aligned");
+  static_assert(kTable % kTileAlign == 0 && kX % kTileAlign == 0, "x tiles are aligned");
 
   static FLUTE_HD int stage_bytes(int groups) {
     return (kX + kCodes + Tile::kStrips * groups * kScaleRowBytes + kTileAlign - 1) / kTileAlign * kTileAlign;
@@ -146,33 +137,27 @@ struct Ring {
 
 // A run of blocks of one tile, this CTA's part of it.
 struct Part {
-  uint32_t tile;        // as clusters share them
-  uint32_t begin, end;  // blocks
-  uint32_t shard_tile;  // the CTA's, of its shard
+  uint32_t tile, begin, end;  // blocks
   int shard_index, strip, strips, token;
   Shard shard;
 };
 
-// What a cluster shares of a shard's rows: a tile of each CTA.
 template <class Tile>
 FLUTE_HD inline uint32_t shard_tiles(const Shard& s) {
-  constexpr int kStrips = Tile::kStrips * Tile::kCluster;
-  return uint32_t(s.strips + kStrips - 1) / kStrips;
+  return uint32_t(s.strips + Tile::kStrips - 1) / Tile::kStrips;
 }
 
-// Calls part(p) for what this CTA has to do, in order: in a cluster's CTAs the same but for the rows, of which one may have none
-// (p.strips is 0). Tiles of the same rows follow each other, so that L2 has their weights.
+// Calls part(p) for what this CTA has to do, in order. Tiles of the same rows follow each other, so that L2 has their weights.
 template <class Tile, class F>
 FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
   const uint32_t token_tiles = uint32_t(call.m + Tile::kTokens - 1) / Tile::kTokens;
   uint32_t row_tiles = 0;
   for (int s = 0; s < call.w.n_shards; ++s) row_tiles += shard_tiles<Tile>(shard_of(call.w, call.packed, s));
   const uint32_t tiles = row_tiles * token_tiles, blocks = uint32_t(call.w.blocks);
-  const uint32_t cluster = uint32_t(cta_id()) / Tile::kCluster, rank = uint32_t(cta_id()) % Tile::kCluster;
-  const Work work = share_work_evenly(tiles, blocks, uint32_t(cta_count()) / Tile::kCluster);
-  if (cluster >= work.ctas) return;
-  const uint32_t last = first_item(work, cluster + 1);
-  for (uint32_t item = first_item(work, cluster); item < last;) {
+  const Work work = share_work_evenly(tiles, blocks, uint32_t(cta_count()));
+  if (uint32_t(cta_id()) >= work.ctas) return;
+  const uint32_t last = first_item(work, cta_id() + 1);
+  for (uint32_t item = first_item(work, cta_id()); item < last;) {
     Part p;
     p.tile = item / work.slices;
     p.begin = item % work.slices;
@@ -186,63 +171,38 @@ FLUTE_DEVICE void for_parts(const WgmmaCall& call, const F& part) {
       row_tile -= shard_tiles<Tile>(p.shard);
       p.shard = shard_of(call.w, call.packed, ++p.shard_index);
     }
-    row_tile = row_tile * Tile::kCluster + rank;
-    p.shard_tile = row_tile * token_tiles + p.tile % token_tiles;
     p.strip = int(row_tile) * Tile::kStrips;  // of the shard
     p.strips = p.shard.strips - p.strip < Tile::kStrips ? p.shard.strips - p.strip : Tile::kStrips;
-    if (Tile::kCluster > 1 && p.strips < 0) p.strips = 0;
     part(work, p);
   }
 }
 
-// Brings blocks of inputs to the stages: the weights of the first ones at once, all else when the kernel before this one has ended.
 template <int kBits, class Tile>
 FLUTE_DEVICE void produce(const WgmmaCall& call, const WgmmaShared<kBits, Tile>& at) {
   using At = WgmmaShared<kBits, Tile>;
-  const int groups = block_groups(call.w), rank = cta_id() % Tile::kCluster;
+  const int groups = block_groups(call.w);
   const uint32_t codes_of_strip = uint32_t(call.w.blocks) * At::kStripCodes;
   const uint32_t scales_of_strip = uint32_t(call.w.groups) * kScaleRowBytes;
   Ring ring(call.stages);
-  FLUTE_ROLLED
-  for (int early = 1; early >= 0; --early) {
-    if (!early) wait_for_earlier();
-    ring = Ring(call.stages);
-    int unused = call.stages;  // stages that nothing has been brought to
-    for_parts<Tile>(call, [&](const Work&, const Part& p) {
-      const int64_t strip = p.shard.first_strip + p.strip;
-      const uint8_t* codes = block_codes(call.w, call.packed, strip, p.begin);
-      const uint8_t* const scales = reinterpret_cast<const uint8_t*>(strip_scales(call.w, call.packed, strip, 0));
-      FLUTE_ROLLED
-      for (int block = int(p.begin); block < int(p.end); ++block, codes += At::kStripCodes, ring.next()) {
-        if (early && !unused) return;
-        const uint32_t full = at.full + ring.stage * 8;
-        if (early || !unused) {
-          const int group = call.w.groups == 1 ? 0 : block * kBlockInputs / call.w.group_size, left = call.w.groups - group;
-          const uint32_t scale_bytes = uint32_t(left < groups ? left : groups) * kScaleRowBytes;
-          mbarrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
-          // Others' shares of x may have come before, but no stage is full without this arrival.
-          mbarrier_arrive_expect(full, At::kX + uint32_t(p.strips) * (At::kStripCodes + scale_bytes));
-          const uint8_t *strip_codes = codes, *strip_scales = scales + group * kScaleRowBytes;
-          FLUTE_ROLLED
-          for (int i = 0; i < p.strips; ++i, strip_codes += codes_of_strip, strip_scales += scales_of_strip) {
-            bulk_load(at.codes(ring.stage, i), strip_codes, At::kStripCodes, full);
-            bulk_load(at.scales(ring.stage, i, groups), strip_scales, scale_bytes, full);
-          }
-        }
-        if (!early) {
-          const uint32_t x = at.x(ring.stage) + rank * At::kXShare;
-          const int column = block * kBlockInputs, token = p.token + rank * Tile::kShareTokens;
-          if constexpr (Tile::kCluster > 1) tensor_load_multicast(x, &call.x, column, token, full, (1 << Tile::kCluster) - 1);
-          else tensor_load(x, &call.x, column, token, full);
-        }
-        if (unused) --unused;
+  wait_for_earlier();
+  for_parts<Tile>(call, [&](const Work&, const Part& p) {
+    const int64_t strip = p.shard.first_strip + p.strip;
+    const uint8_t* codes = block_codes(call.w, call.packed, strip, p.begin);
+    const uint8_t* const scales = reinterpret_cast<const uint8_t*>(strip_scales(call.w, call.packed, strip, 0));
+    for (int block = int(p.begin); block < int(p.end); ++block, codes += At::kStripCodes, ring.next()) {
+      const uint32_t full = at.full + ring.stage * 8;
+      const int group = call.w.groups == 1 ? 0 : block * kBlockInputs / call.w.group_size, left = call.w.groups - group;
+      const uint32_t scale_bytes = uint32_t(left < groups ? left : groups) * kScaleRowBytes;
+      mbarrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
+      mbarrier_arrive_expect(full, At::kX + uint32_t(p.strips) * (At::kStripCodes + scale_bytes));
+      tensor_load(at.x(ring.stage), &call.x, block * kBlockInputs, p.token, full);
+      const uint8_t *strip_codes = codes, *strip_scales = scales + group * kScaleRowBytes;
+      for (int i = 0; i < p.strips; ++i, strip_codes += codes_of_strip, strip_scales += scales_of_strip) {
+        bulk_load(at.codes(ring.stage, i), strip_codes, At::kStripCodes, full);
+        bulk_load(at.scales(ring.stage, i, groups), strip_scales, scale_bytes, full);
       }
-    });
-  }
-  // Nothing comes from others of the cluster once they have emptied all stages too: now this CTA may end.
-  if constexpr (Tile::kCluster > 1) {
-    for (int i = 0; i < call.stages; ++i, ring.next()) mbarrier_wait(at.empty + ring.stage * 8, ring.parity ^ 1);
-  }
+    }
+  });
 }
 
 // What a lane decodes of a block: its codes of kUnits units from `unit` on, as unit 0 (and 1) of fragment().
@@ -376,14 +336,6 @@ FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, Tile>&
   const int groups = block_groups(call.w);
   const uint32_t copy = lane_copy<kBits>(lane);
   const auto sync = [] { barrier(kConsumerBarrier, Tile::kConsumers); };
-  // The warp has read a stage: all CTAs of the cluster, which write to it, must know.
-  const auto leave = [&](int stage) {
-    if constexpr (Tile::kCluster > 1) {
-      if (lane < Tile::kCluster) mbarrier_arrive_in(at.empty + stage * 8, uint32_t(lane));
-    } else {
-      if (lane == 0) mbarrier_arrive(at.empty + stage * 8);
-    }
-  };
   Ring ring(call.stages);
   int shard_of_table = -1;
   float to_weight = 0;
@@ -428,7 +380,7 @@ FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, Tile>&
           for (int u = 0; u < kUnits; ++u) fragment<kBits, kWideRow>(at.table, copy, words, u, s, looked_up[c][u]);
         }
         wgmma_wait<Tile::kAhead>();
-        if (g == Tile::kAhead && behind >= 0) leave(behind);
+        if (g == Tile::kAhead && behind >= 0 && lane == 0) mbarrier_arrive(at.empty + behind * 8);
         FLUTE_UNROLL
         for (int i = 0; i < kChain * kUnits * 4; ++i) {
           const int c = i / (4 * kUnits), u = i / 4 % kUnits;
@@ -447,16 +399,14 @@ FLUTE_DEVICE void consume(const WgmmaCall& call, const WgmmaShared<kBits, Tile>&
     wgmma_wait<0>();
     FLUTE_UNROLL
     for (int u = 0; u < kUnits; ++u) wgmma_results(sums[u]);
-    if (behind >= 0) leave(behind);
+    if (behind >= 0 && lane == 0) mbarrier_arrive(at.empty + behind * 8);
     float values[Tile::kValues];
     share_sums<Tile>(at.exchange, team, thread, sums, values, sync);
-    if (p.strips == 0) return;
-    const uint32_t cta = uint32_t(cta_id());
-    if (combine<Tile::kConsumers, Tile::kCluster>(work, call.workspace, cta, p.tile, thread, at.flag, values, sync)) {
+    if (combine<Tile::kConsumers>(work, call.workspace, uint32_t(cta_id()), p.tile, thread, at.flag, values, sync)) {
       const int row = p.strip * kStripRows + first_unit * kUnitRows, token = p.token + team * Tile::kOctets * 8;
       write_tile<kF16, Tile>(call, p.shard, row, token, lane, at.out + warp * WgmmaShared<kBits, Tile>::kWarpOut, values);
       if (call.gate.out) {
-        finish_pair<kF16, Tile::kRows, Tile::kTokens, Tile::kConsumers>(call.gate, call.y, call.workspace, p.shard_tile,
+        finish_pair<kF16, Tile::kRows, Tile::kTokens, Tile::kConsumers>(call.gate, call.y, call.workspace, p.tile,
                                                                         p.strip * kStripRows, p.token, thread, at.flag, sync);
       }
     }
@@ -473,12 +423,11 @@ lut_wgmma(FLUTE_PARAMETER WgmmaCall call) {
     prefetch_map(&call.x);
     for (int i = 0; i < call.stages; ++i) {
       mbarrier_init(at.full + i * 8, 1);
-      mbarrier_init(at.empty + i * 8, Tile::kCluster * Tile::kTeamThreads / 32);
+      mbarrier_init(at.empty + i * 8, Tile::kTeamThreads / 32);
     }
     fence_mbarrier_init();
   }
-  if constexpr (Tile::kCluster > 1) cluster_barrier();
-  else barrier();
+  barrier();
   if (thread_id() >= Tile::kConsumers) {
     give_registers<Tile::kProducerRegisters>();
     if (thread_id() == Tile::kConsumers) produce<kBits, Tile>(call, at);
@@ -503,15 +452,13 @@ const char* run_wgmma_tile(const Gemm& g) {
   const int groups = block_groups(g.w);
   call.stages = count_stages<kBits, Tile>(g);
   if (call.stages < Tile::kLeastStages) return "lut_wgmma: the device has too little shared memory for its stages";
-  if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, Tile::kShareTokens, kF16)) return error;
+  if (const char* error = encode_map(&call.x, g.x, g.m, g.w.k, Tile::kTokens, kF16)) return error;
   const auto kernel = groups > 1 ? lut_wgmma<kBits, kF16, Tile, true> : lut_wgmma<kBits, kF16, Tile, false>;
-  const int clusters = g.device.sms < Tile::kCluster ? 1 : g.device.sms / Tile::kCluster;
-  return launch_early(kernel, clusters * Tile::kCluster, Tile::kThreads, At::bytes(call.stages, groups), g.stream, call, false,
-                      Tile::kCluster);
+  return launch_early(kernel, g.device.sms, Tile::kThreads, At::bytes(call.stages, groups), g.stream, call);
 }
 
 // Tiles of two strips where ones of four are too few: twice as many have half as many parts each, of half the bytes, which the
-// last CTA of a tile reads again; but x is read once more for every 128 rows, or 256 of a cluster.
+// last CTA of a tile reads again; but x is read once more for every 128 rows.
 template <int kBits, bool kF16>
 const char* run_wgmma_type(const Gemm& g) {
   const int token_tiles = g.m > 64 ? (g.m + 127) / 128 : 1;

@@ -127,9 +127,8 @@ FLUTE_DEVICE void spin(const Ready& ready) {
 
 // Null, or one line that says what failed. in_order: CTAs wait for others of lower numbers.
 template <class P>
-const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void*, const P& parameters, bool in_order = false,
-                   int cluster = 1) {
-  return simt::launch(grid, threads, shared_bytes, [&] { kernel(parameters); }, in_order, cluster);
+const char* launch(void (*kernel)(P), int grid, int threads, int shared_bytes, void*, const P& parameters, bool in_order = false) {
+  return simt::launch(grid, threads, shared_bytes, [&] { kernel(parameters); }, in_order);
 }
 
 #else

@@ -27,8 +27,6 @@ FLUTE_DEVICE void fence_mbarrier_init() { simt::fence_mbarrier_init(); }
 FLUTE_DEVICE void mbarrier_arrive(uint32_t bar) { simt::mbarrier_arrive(bar); }
 FLUTE_DEVICE void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) { simt::mbarrier_arrive_expect(bar, bytes); }
 FLUTE_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) { simt::mbarrier_wait(bar, parity); }
-FLUTE_DEVICE void mbarrier_arrive_in(uint32_t bar, uint32_t rank) { simt::mbarrier_arrive_in(bar, int(rank)); }
-FLUTE_DEVICE void cluster_barrier() { simt::cluster_barrier(); }
 
 FLUTE_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
   simt::bulk_load(to, from, bytes, bar);
@@ -36,9 +34,6 @@ FLUTE_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint3
 FLUTE_DEVICE void bulk_load_once(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) { bulk_load(to, from, bytes, bar); }
 FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {
   simt::load_box(to, map, column, row, bar);
-}
-FLUTE_DEVICE void tensor_load_multicast(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar, uint16_t ranks) {
-  simt::load_box_multicast(to, map, column, row, bar, ranks);
 }
 FLUTE_DEVICE void prefetch_map(const TensorMap*) {}
 
@@ -58,9 +53,8 @@ FLUTE_DEVICE void check_shared_begin() {}
 FLUTE_DEVICE void let_next_begin() {}
 FLUTE_DEVICE void wait_for_earlier() {}
 template <class P>
-const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool in_order = false,
-                         int cluster = 1) {
-  return launch(kernel, grid, threads, shared_bytes, stream, parameters, in_order, cluster);
+const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool in_order = false) {
+  return launch(kernel, grid, threads, shared_bytes, stream, parameters, in_order);
 }
 
 template <int kRegisters>
@@ -157,23 +151,6 @@ FLUTE_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Clusters: CTAs that run at once, on neighbouring multiprocessors. All threads of one meet; of what was written before, only
-// barriers that fence_mbarrier_init() has followed are seen.
-FLUTE_DEVICE void cluster_barrier() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Arrives at the barrier that is at this address in the cluster's CTA of this rank, which may be the own. That says what the thread
-// has read, and nothing of what it has written: a release for the cluster is a fence for the whole GPU, in every block of inputs.
-FLUTE_DEVICE void mbarrier_arrive_in(uint32_t bar, uint32_t rank) {
-  asm volatile(
-      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
-      "r"(rank)
-      : "memory");
-}
-
-// ---------------------------------------------------------------------------------------------------------
 // Bulk copies to shared memory ("cp.async.bulk", "cp.async.bulk.tensor"), which arrive at a barrier by their bytes.
 // A run of bytes: addresses and size are multiples of 16.
 FLUTE_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
@@ -196,14 +173,6 @@ FLUTE_DEVICE void tensor_load(uint32_t to, const TensorMap* map, int column, int
       "r"(column), "r"(row), "r"(bar)
       : "memory");
 }
-// The same for the CTAs of the cluster whose ranks' bits are set: of each the box comes to, and its bytes count at, these addresses.
-FLUTE_DEVICE void tensor_load_multicast(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar, uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(bar), "h"(ranks)
-      : "memory");
-}
 template <int kBlocks>  // of the map's boxes
 FLUTE_DEVICE void tensor_load_blocks(uint32_t to, const TensorMap* map, int block, int row, uint32_t bar) {
   asm volatile(
@@ -223,27 +192,23 @@ FLUTE_DEVICE void check_shared_begin() {
 // ---------------------------------------------------------------------------------------------------------
 // Programmatic dependent launch ("griddepcontrol"): CTAs of a kernel that was launched early take the multiprocessors that the
 // kernel before it in the stream leaves, once all CTAs of that have called let_next_begin(). Only after wait_for_earlier() has
-// it ended, and all that it wrote, and all before it, can be read, and what it read be written. CTAs come in clusters of `cluster`,
-// of which the grid is a multiple.
+// it ended, and all that it wrote, and all before it, can be read, and what it read be written.
 FLUTE_DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 FLUTE_DEVICE void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 template <class P>
-const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool = false,
-                         int cluster = 1) {
+const char* launch_early(void (*kernel)(P), int grid, int threads, int shared_bytes, void* stream, const P& parameters, bool = false) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    config.numAttrs = cluster > 1 ? 2 : 1;
+    config.attrs = &early;
+    config.numAttrs = 1;
     error = cudaLaunchKernelEx(&config, kernel, parameters);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -5,8 +5,6 @@
 //
 // A CTA has at most two shared tiles, its first and its last, hence two slots of the workspace; and it is the first of a
 // tile's CTAs for at most one shared tile, whose counter is its own.
-//
-// Where clusters share the work, Work counts them as CTAs, and an item has a slice of a tile for each CTA of a cluster.
 #pragma once
 
 #include "launch.h"
@@ -44,17 +42,13 @@ FLUTE_HD inline uint32_t owner(const Work& w, uint32_t item) {
 constexpr size_t kMmaSlotBytes = 2 * 256 * 32 * sizeof(float);
 constexpr size_t kWgmmaSlotBytes = 2 * 256 * 128 * sizeof(float);
 
-// The CTAs that share a tile of w, or, of a cluster's tiles there, the one of the CTA of this rank: every kCluster-th from `first`
-// to `last`.
-template <int kCluster>
+// The CTAs that share a tile.
 struct Sharers {
   uint32_t first, last;
-  FLUTE_DEVICE Sharers(const Work& w, uint32_t tile, uint32_t rank)
-      : first(owner(w, tile * w.slices) * kCluster + rank), last(owner(w, tile * w.slices + w.slices - 1) * kCluster + rank) {}
+  FLUTE_DEVICE Sharers(const Work& w, uint32_t tile) : first(owner(w, tile * w.slices)), last(owner(w, tile * w.slices + w.slices - 1)) {}
 };
 // Where CTA c has its part of a tile, of `bytes`.
-template <int kCluster>
-FLUTE_DEVICE uint8_t* slot_of(void* workspace, const Sharers<kCluster>& s, uint32_t c, size_t bytes) {
+FLUTE_DEVICE uint8_t* slot_of(void* workspace, const Sharers& s, uint32_t c, size_t bytes) {
   return static_cast<uint8_t*>(workspace) + kCounterBytes + (size_t(c) * 2 + (c == s.first)) * bytes;
 }
 
@@ -70,49 +64,45 @@ FLUTE_DEVICE void store_part(uint8_t* slot, int thread, const float (&values)[kV
 }
 // Whether all CTAs of a tile have stored their parts; one thread calls it, for all that a barrier has before it and another after
 // it: fences of every thread would only wait longer.
-template <int kCluster>
-FLUTE_DEVICE bool last_to_come(void* workspace, const Sharers<kCluster>& s) {
+FLUTE_DEVICE bool last_to_come(void* workspace, const Sharers& s) {
   threadfence();
   unsigned* const counter = static_cast<unsigned*>(workspace) + s.first;
-  const bool complete = atomic_add(counter, 1) == (s.last - s.first) / kCluster;
+  const bool complete = atomic_add(counter, 1) == s.last - s.first;
   threadfence();
   if (complete) *counter = 0;  // for the next call
   return complete;
 }
 // The sum of all parts, in the order of CTAs.
-template <int kThreads, int kCluster, int kValues>
-FLUTE_DEVICE void add_parts(void* workspace, const Sharers<kCluster>& s, int thread, float (&values)[kValues]) {
+template <int kThreads, int kValues>
+FLUTE_DEVICE void add_parts(void* workspace, const Sharers& s, int thread, float (&values)[kValues]) {
   constexpr size_t kBytes = kThreads * kValues * sizeof(float);
   constexpr int kAtOnce = kValues <= 8 ? 4 : kValues <= 16 ? 2 : 1;  // slots: reading L2 takes long, and registers are few
   uint8_t* const mine = static_cast<uint8_t*>(workspace) + thread * sizeof(Words4);
   FLUTE_ROLLED
-  for (uint32_t c = s.first; c <= s.last; c += kAtOnce * kCluster) {
+  for (uint32_t c = s.first; c <= s.last; c += kAtOnce) {
     FLUTE_UNROLL
     for (int i = 0; i < kValues; i += 4) {
       Words4 read[kAtOnce];
       FLUTE_UNROLL
       for (int n = 0; n < kAtOnce; ++n) {
-        const uint32_t from = c + n * kCluster;
-        if (from <= s.last) read[n] = load_l2(slot_of(mine, s, from, kBytes) + i * (kThreads * sizeof(float)));
+        if (c + n <= s.last) read[n] = load_l2(slot_of(mine, s, c + n, kBytes) + i * (kThreads * sizeof(float)));
       }
       FLUTE_UNROLL
       for (int n = 0; n < kAtOnce; ++n) {
         FLUTE_UNROLL
-        for (int j = 0; j < 4 && c + n * kCluster <= s.last; ++j) {
-          values[i + j] = (c + n == s.first ? 0 : values[i + j]) + as_f32(read[n].w[j]);
-        }
+        for (int j = 0; j < 4 && c + n <= s.last; ++j) values[i + j] = (c + n == s.first ? 0 : values[i + j]) + as_f32(read[n].w[j]);
       }
     }
   }
 }
 
-// Adds up a tile that this CTA, `cta`, has done its part of. `values` are this thread's of the tile, the same places in every CTA.
+// Adds up a tile that this CTA has done its part of. `values` are this thread's of the tile, the same places in every CTA.
 // True where this CTA has the sum, in `values`, and is to write the tile. All kThreads threads call it; sync() is their
 // barrier and `flag` the shared address of a word of theirs.
-template <int kThreads, int kCluster = 1, int kValues, class Sync>
+template <int kThreads, int kValues, class Sync>
 FLUTE_DEVICE bool combine(const Work& w, void* workspace, uint32_t cta, uint32_t tile, int thread, uint32_t flag,
                           float (&values)[kValues], const Sync& sync) {
-  const Sharers<kCluster> sharers(w, tile, cta % kCluster);
+  const Sharers sharers(w, tile);
   if (sharers.first == sharers.last) return true;
   store_part<kThreads>(slot_of(workspace, sharers, cta, kThreads * kValues * sizeof(float)), thread, values);
   sync();

@@ -67,8 +67,6 @@ std::vector<Cta> group;
 std::vector<Fiber> fibers;
 const std::function<void()>* kernel;
 int n_threads, n_ctas, current_resident = 0, current = -1;
-int cluster_arrived;  // of the cluster's threads, at the barrier of this round
-uint64_t cluster_round;
 bool progress;
 uint64_t random_state = 1, n_launches;
 
@@ -122,8 +120,6 @@ void run_fiber(int thread) {
 }
 
 void start_group(int first_cta) {
-  cluster_arrived = 0;
-  cluster_round = 0;
   for (Cta& c : group) {
     c.id = first_cta + int(&c - group.data());
     std::fill(c.shared.begin(), c.shared.end(), 0xff);  // a NaN in every format
@@ -216,10 +212,9 @@ void fail(const char* format, ...) {
 
 uint32_t random32() { return uint32_t((random_state = random_state * 6364136223846793005u + 1442695040888963407u) >> 32); }
 
-const char* launch(int grid, int threads, int bytes, const std::function<void()>& body, bool in_order, int cluster) {
+const char* launch(int grid, int threads, int bytes, const std::function<void()>& body, bool in_order) {
   if (bytes > config.shared_limit) return "invalid argument: more shared memory than the device has";
   if (threads < 1 || threads > 1024 || grid < 1) return "invalid configuration argument";
-  if (cluster < 1 || cluster > kMostAtOnce || grid % cluster || (in_order && cluster > 1)) return "invalid cluster size";
   random_state = config.seed;
   ++n_launches;
   n_threads = threads;
@@ -244,10 +239,10 @@ const char* launch(int grid, int threads, int bytes, const std::function<void()>
     }
     return nullptr;
   }
-  std::vector<int> order(grid / cluster);
+  std::vector<int> order(grid);
   std::iota(order.begin(), order.end(), 0);
-  for (int i = int(order.size()) - 1; i > 0; --i) std::swap(order[i], order[random32() % (i + 1)]);
-  for (int c : order) run(c * cluster, cluster);
+  for (int i = grid - 1; i > 0; --i) std::swap(order[i], order[random32() % (i + 1)]);
+  for (int cta : order) run(cta, 1);
   return nullptr;
 }
 uint64_t launches() { return n_launches; }
@@ -257,16 +252,6 @@ int threads() { return n_threads; }
 int cta() { return group[current_resident].id; }
 int ctas() { return n_ctas; }
 int resident() { return current_resident; }
-int residents() { return int(group.size()); }
-void in_resident(int number, const std::function<void()>& what) {
-  const int before = std::exchange(current_resident, number);
-  what();
-  current_resident = before;
-}
-bool ended() {
-  const auto begin = fibers.begin() + current_resident * n_threads;
-  return std::all_of(begin, begin + n_threads, [](const Fiber& f) { return f.done; });
-}
 
 uint8_t* shared(uint32_t address, int bytes) {
   std::vector<uint8_t>& memory = group[current_resident].shared;
@@ -309,17 +294,6 @@ void barrier(int id, int threads) {
   Meeting& m = group[current_resident].meetings[kWarp + id];
   meet(kWarp + id, threads, m.arrived, nullptr, [](void**) {});
 }
-void meet_cluster() {
-  sync_warp();
-  const uint64_t round = cluster_round;
-  progress = true;
-  if (++cluster_arrived == n_threads * residents()) {
-    cluster_arrived = 0;
-    ++cluster_round;
-  }
-  wait([round] { return cluster_round > round; });
-}
-bool cluster_met() { return cluster_round > 0; }
 
 void cp_async(uint32_t to, const void* from, int bytes) {
   if (bytes != 0 && bytes != 16) fail("a copy of %d bytes", bytes);

@@ -1,6 +1,6 @@
-// CUDA's execution model on a CPU, for tests: a grid's CTAs run one after another in a random order, those of a cluster at once, or
-// a few at once in the order of their numbers, their threads are fibers, and collective instructions meet across a warp, a CTA or
-// a cluster. What a GPU leaves open is left open on purpose:
+// CUDA's execution model on a CPU, for tests: a grid's CTAs run one after another in a random order, or a few at once in the
+// order of their numbers, their threads are fibers, and collective instructions meet across a warp or a CTA. What a GPU leaves
+// open is left open on purpose:
 // warps run ahead of each other at random, an asynchronous copy lands at any time between its issue and its wait, and shared
 // memory starts as NaNs. What a GPU forbids ends the program with one line: addresses out of bounds or not aligned,
 // deadlock, a launch that asks for too much.
@@ -21,10 +21,9 @@ struct Config {
 extern Config config;
 
 // Runs `body` once for every thread of every CTA. Where CTAs wait for others of lower numbers (`in_order`), a random number of
-// them runs at a time, the lowest first, as on a GPU, whose CTAs start in that order; else one cluster at a time in any order.
-// Returns null, or what a launch may fail with.
-const char* launch(int grid, int threads, int shared_bytes, const std::function<void()>& body, bool in_order = false,
-                   int cluster = 1);
+// them runs at a time, the lowest first, as on a GPU, whose CTAs start in that order; else one at a time in any order. Returns
+// null, or what a launch may fail with.
+const char* launch(int grid, int threads, int shared_bytes, const std::function<void()>& body, bool in_order = false);
 uint64_t launches();
 
 // Inside a kernel.
@@ -32,11 +31,8 @@ int thread();
 int threads();
 int cta();
 int ctas();
-constexpr int kMostAtOnce = 4;  // CTAs, of a cluster too
-int resident();  // this CTA's number among those that run at once, its rank in a cluster
-int residents();
-void in_resident(int number, const std::function<void()>& what);  // as if what calls ran there
-bool ended();    // this CTA
+constexpr int kMostAtOnce = 4;  // CTAs
+int resident();  // this CTA's number among those that run at once
 uint8_t* shared(uint32_t address, int bytes);  // checked; aligned to `bytes`
 uint32_t random32();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -53,9 +49,6 @@ void add_engine(const std::function<bool()>& step);
 
 void sync_warp();
 void barrier(int id, int threads);
-// All threads of a cluster meet; before that, none of its CTAs can know that another has begun.
-void meet_cluster();
-bool cluster_met();
 void cp_async(uint32_t to, const void* from, int bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);

@@ -52,7 +52,6 @@ uint32_t swizzle(uint32_t address) { return address ^ (address / 128 % 8 * 16); 
 
 struct Engine {
   std::vector<Copy> copies;
-  std::vector<uint32_t> arrivals;  // barriers that they are on their way to
   std::set<uint32_t> unfenced;  // barriers that the copy engine does not see yet
   Warpgroup warpgroups[kMaxWarpgroups];
   int free_registers = 0, lingering = 0;
@@ -80,17 +79,12 @@ struct Engine {
     settle(b);
   }
 
-  void check_visible(uint32_t bar) {
-    barrier(bar);
-    if (unfenced.count(bar)) fail("barrier %u is visible to its own CTA's threads alone: fence.mbarrier_init is missing", bar);
-  }
   void start(const Copy& copy) {
-    check_visible(copy.bar);
+    if (unfenced.count(copy.bar)) fail("barrier %u is not visible to the copy engine: fence.mbarrier_init is missing", copy.bar);
     copies.push_back(copy);
     if (random32() % 4 == 0) land(copies.size() - 1);
   }
   void land(size_t i) {
-    if (ended()) fail("a copy came after the end of CTA %d", cta());
     const Copy c = copies[i];
     copies.erase(copies.begin() + long(i));
     if (c.global) {
@@ -109,13 +103,6 @@ struct Engine {
     Mbarrier& b = barrier(c.bar);
     b.bytes -= int(c.bytes);
     settle(b);
-  }
-
-  void land_arrival(size_t i) {
-    if (ended()) fail("an arrival came after the end of CTA %d", cta());
-    const uint32_t bar = arrivals[i];
-    arrivals.erase(arrivals.begin() + long(i));
-    arrive(bar, 0);
   }
 
   // wgmma as "Asynchronous Warpgroup Level Matrix Instructions" defines it: fragments of A and D by thread, B by the 64 bits
@@ -163,9 +150,8 @@ struct Engine {
 
   // Copies land and multiplications run now and then, so that what uses them too early differs from run to run.
   bool step() {
-    bool busy = !copies.empty() || !arrivals.empty() || lingering;
+    bool busy = !copies.empty() || lingering;
     if (!copies.empty() && random32() % 4 == 0) land(random32() % copies.size());
-    if (!arrivals.empty() && random32() % 2) land_arrival(random32() % arrivals.size());
     for (Warpgroup& w : warpgroups) {
       if (!next_ready(w)) continue;
       busy = true;
@@ -176,7 +162,6 @@ struct Engine {
 
   void finish() {  // what a kernel must not leave behind
     if (!copies.empty()) fail("the CTA ended with %zu copies under way", copies.size());
-    if (!arrivals.empty()) fail("the CTA ended with %zu arrivals on their way", arrivals.size());
     for (const Warpgroup& w : warpgroups) {
       if (w.done != w.multiplies.size()) fail("the CTA ended with wgmma under way");
     }
@@ -237,44 +222,16 @@ void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
 void mbarrier_wait(uint32_t bar, uint32_t parity) {
   wait([&] { return engine().barrier(bar).phase % 2 != parity; });
 }
-void mbarrier_arrive_in(uint32_t bar, int rank) {
-  if (rank < 0 || rank >= residents()) fail("the cluster has no CTA of rank %d", rank);
-  if (!cluster_met()) fail("an arrival before the cluster's CTAs have met: one may not have begun");
-  in_resident(rank, [&] {
-    if (ended()) fail("an arrival at CTA %d, which has ended", cta());
-    engine().check_visible(bar);
-    engine().arrivals.push_back(bar);
-  });
-  linger();
-}
-void cluster_barrier() {
-  linger();
-  meet_cluster();
-}
 
 void bulk_load(uint32_t to, const void* global, uint32_t bytes, uint32_t bar) {
   if ((to | bytes | reinterpret_cast<uintptr_t>(global)) % 16) fail("bulk copy: addresses and size must be multiples of 16");
   engine().start({to, bytes, bar, static_cast<const uint8_t*>(global), {}, 0, 0});
 }
-namespace {
-void start_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {
+void load_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {
   if (to % kAtom) fail("tensor copy: a tile swizzled by 128 bytes must begin at a multiple of 1024, not at %u", to);
   if (map->box_columns * 2 != 128) fail("tensor copy: rows of the box have %u bytes, not 128", map->box_columns * 2);
   if (map->box_rows > 256 || (map->row_bytes | reinterpret_cast<uintptr_t>(map->data)) % 16) fail("tensor copy: no valid map");
   engine().start({to, map->box_columns * 2 * map->box_rows, bar, nullptr, *map, column, row});
-}
-}  // namespace
-void load_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) { start_box(to, map, column, row, bar); }
-void load_box_multicast(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar, uint32_t ranks) {
-  if (!ranks || ranks >> residents()) fail("the cluster has no CTAs of ranks %#x", ranks);
-  if (!cluster_met()) fail("a multicast before the cluster's CTAs have met: one may not have begun");
-  for (int i = 0; i < residents(); ++i) {
-    if (!(ranks >> i & 1)) continue;
-    in_resident(i, [&] {
-      if (ended()) fail("a multicast to CTA %d, which has ended", cta());
-      start_box(to, map, column, row, bar);
-    });
-  }
 }
 
 void give_registers(int count) {

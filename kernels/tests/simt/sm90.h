@@ -19,14 +19,9 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t bar);
 void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes);
 void mbarrier_wait(uint32_t bar, uint32_t parity);
-// Arrives later, at the barrier of the cluster's CTA of this rank.
-void mbarrier_arrive_in(uint32_t bar, int rank);
-void cluster_barrier();  // relaxed: arrivals may still be on their way
 
 void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar);
 void load_box(uint32_t shared, const TensorMap* map, int column, int row, uint32_t bar);
-// To each CTA of the cluster whose rank's bit is set, at its own time.
-void load_box_multicast(uint32_t shared, const TensorMap* map, int column, int row, uint32_t bar, uint32_t ranks);
 
 void take_registers(int count);
 void give_registers(int count);
