@@ -160,7 +160,8 @@ assert cuda.default_choice(header, 8, torch.bfloat16) == "mma" and cuda.choose(h
 
 cuda._load()[0].flute_cuda_register()
 cuda._load()[0].flute_cuda_register()
-for name in ("lut_linear_v1", "lut_linear_silu_v1", "lut_pack_v1", "lut_unpack_v1"):
+names = ("linear", "linear_silu", "linear_add_norm", "linear_normed", "linear_normed_silu", "pack", "unpack")
+for name in (f"lut_{name}_v1" for name in names):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_flute::{name}", "CUDA"), name
 
 # The implementation for CUDA called with tensors of a CPU: what it refuses before it looks for a GPU.

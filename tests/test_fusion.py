@@ -1,4 +1,4 @@
-"""SwiGLU joined to the gate and up projections: the operator, and the pass that puts it into vLLM's compiled graphs."""
+"""SwiGLU and norms joined to the layers beside them: the operators, and the pass that puts them into vLLM's graphs."""
 
 import copy
 import os
@@ -11,13 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
+from vllm import ir
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from vllm_flute import quantize
 from vllm_flute.backends import cuda
 from vllm_flute.dispatch import pack_parts
-from vllm_flute.ops import lut_linear_op, lut_linear_silu_op
+from vllm_flute.ops import (
+    NORM_TOKENS,
+    lut_linear_add_norm_op,
+    lut_linear_normed_op,
+    lut_linear_normed_silu_op,
+    lut_linear_op,
+    lut_linear_silu_op,
+)
 from vllm_flute.vllm_plugin import fusion
 from vllm_flute.vllm_plugin.fusion import LayerFusion
 
@@ -121,13 +129,108 @@ def test_it_is_installed_where_the_native_gpu_library_runs(monkeypatch):
     assert plain.inductor_compile_config[fusion._KEY] is users
 
 
+EPSILON = 1e-5
+ADD_NORM, NORMED, NORMED_SILU = (f"lut_linear_{name}_v1" for name in ("add_norm", "normed", "normed_silu"))
+
+
+def square(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    t = quantize(torch.randn(K, K, generator=torch.Generator().manual_seed(seed)), bits=4, group_size=32, codebook="nf")
+    return pack_parts(t.qweight, t.scales, t.codebook[None], 32, [K])
+
+
+def hidden(m: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(m, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [1, NORM_TOKENS, NORM_TOKENS + 1])
+def test_a_divided_norm_is_the_norm(m, dtype):
+    before, after, gate = square(1), square(2), gate_up()
+    x, residual, weight = hidden(m, dtype, 3), hidden(m, dtype, 4), 1 + hidden(1, dtype, 5)[0] / 4
+    scaled, total, squares = lut_linear_add_norm_op(x, residual, weight, EPSILON, *before, None, K, "")
+    y = lut_linear_op(x, *before, None, K, "")
+    normed, expected = ir.ops.fused_add_rms_norm.impls["native"].impl_fn(y, residual, weight, EPSILON)
+    assert torch.equal(total, expected) and squares.shape == (NORM_TOKENS, K // 16)
+    if m > NORM_TOKENS:
+        assert torch.equal(scaled, normed)
+    for op, plain, layer, n in (
+        (lut_linear_normed_op, lut_linear_op, after, K),
+        (lut_linear_normed_silu_op, lut_linear_silu_op, gate, 2 * HALF),
+    ):
+        found, exact = op(scaled, squares, EPSILON, *layer, None, n, ""), plain(normed, *layer, None, n, "")
+        # Their inputs are rounded at different places.
+        assert (found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+class Block(torch.nn.Module):
+    """What vLLM's LLaMA has between two attentions. ``change``: what must not be joined."""
+
+    def __init__(self, change: str = ""):
+        super().__init__()
+        (self.o, self.o_header), (self.down, self.down_header) = square(1), square(2)
+        (self.gate, self.gate_header), self.change = gate_up(), change
+        self.register_buffer("up", torch.randn(K, HALF, generator=torch.Generator().manual_seed(0)) / 8)
+        self.register_buffer("weight", 1 + hidden(1, torch.float32, 5)[0] / 4)
+
+    def forward(self, x, residual):
+        y = lut_linear_op(x, self.o, self.o_header, None, K, "")
+        if self.change == "between":
+            y = y + x
+        size = 32 if self.change == "part" else None
+        weight = None if self.change == "no weight" else self.weight
+        normed, residual = torch.ops.vllm_ir.fused_add_rms_norm(y, residual, weight, EPSILON, size)
+        gated = SiluAndMul.forward_native(lut_linear_op(normed, self.gate, self.gate_header, None, 2 * HALF, ""))
+        narrow = torch.nn.functional.linear(gated, self.up)
+        y = lut_linear_op(narrow, self.down, self.down_header, None, K, "")
+        normed_again, residual = torch.ops.vllm_ir.fused_add_rms_norm(y, residual, self.weight, EPSILON)
+        if self.change == "read":
+            return normed_again, residual, normed
+        return normed_again, residual  # the first is what the head reads
+
+
+def test_the_norm_between_two_layers_is_joined_to_them():
+    module = Block().to(torch.bfloat16)
+    torch._dynamo.reset()
+    joins = LayerFusion(torch.bfloat16, "cpu")
+    call = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": joins})
+    for m in (5, 1, 40):
+        inputs = hidden(m, torch.bfloat16, m), hidden(m, torch.bfloat16, 7)
+        if m == 5:
+            for x in inputs:
+                torch._dynamo.mark_dynamic(x, 0)
+            found, (code,) = run_and_get_code(call, *inputs)
+        else:
+            found = call(*inputs)
+        for mine, plain in zip(found, module(*inputs), strict=True):
+            assert (mine - plain).abs().max() <= 0.02 * plain.abs().max()
+    assert ADD_NORM in code and NORMED_SILU in code and joins.norms == 1 and joins.matched == 1
+    assert f"{PLAIN}." in code  # the last layer's, whose norm the head reads
+
+
+@pytest.mark.parametrize("change", ["between", "part", "no weight", "read", "fp16"])
+def test_another_norm_stays(change):
+    dtype = torch.float16 if change == "fp16" else torch.bfloat16
+    module = Block(change).to(dtype)
+    torch._dynamo.reset()
+    joins = LayerFusion(dtype, "cpu")
+    call = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": joins})
+    found = call(hidden(3, dtype, 3), hidden(3, dtype, 7))
+    assert joins.norms == 0
+    for mine, plain in zip(found, module(hidden(3, dtype, 3), hidden(3, dtype, 7)), strict=True):
+        assert (mine - plain).abs().max() <= 0.02 * plain.abs().max()
+
+
 ENGINE = """
 import sys
+import vllm.ir
 from vllm import LLM, SamplingParams
 from vllm_flute.backends import cuda
 from vllm_flute.vllm_plugin import fusion
 
 fusion.backend = lambda device: (cuda, "")  # as where the native GPU library runs
+# Norms are operators until vLLM lowers them, and functional by a pass of vLLM's that it has for GPUs only.
+wrap, norm = vllm.ir.set_default_torch_wrap, vllm.ir.ops.fused_add_rms_norm
+vllm.ir.set_default_torch_wrap, norm.maybe_inplace.torch_op = lambda enable: wrap(True), norm.torch_op
 options = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 2}
 llm = LLM(sys.argv[1], skip_tokenizer_init=True, **options)
 params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -140,7 +243,7 @@ print("joined", passes[fusion._KEY].matched, passes[fusion._KEY].norms)
 
 @pytest.mark.e2e
 def test_vllm_compiles_a_model_with_it(tmp_path):
-    """A real engine with Inductor, in this process's place: every graph with an MLP has the joined operator."""
+    """A real engine with Inductor: every graph with an MLP has the joined operator, and its norms but the last one."""
     model = write_dummy(tmp_path / "tiny", "tiny", Variant.parse("flute-4-g64"))
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
     environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -148,4 +251,5 @@ def test_vllm_compiles_a_model_with_it(tmp_path):
     command = [sys.executable, "-c", ENGINE, model]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.splitlines()[-1].removeprefix("joined ")) >= 1, done.stdout[-3000:]
+    joined = done.stdout.splitlines()[-1].removeprefix("joined ").split()
+    assert [int(n) for n in joined] == [2, 3], done.stdout[-3000:]  # of two layers

@@ -212,11 +212,10 @@ FLUTE_DEVICE void multiply_block(uint32_t table, uint32_t copy, float to_weight,
     }
   }
 }
-// A lane's codes of a block at shared address `block`: of all its units, or of those of half a strip as unit 0 and 1.
+// A lane's codes of a block, from its 16 bytes of the first vector on: of all its units, or of those of half a strip as unit 0 and 1.
 template <int kBits, int kUnits>
-FLUTE_DEVICE void load_units(uint32_t block, int half, uint32_t (&codes)[4 * kBits]) {
+FLUTE_DEVICE void load_units(uint32_t lane, int half, uint32_t (&codes)[4 * kBits]) {
   constexpr int kVectors = kBits == 3 ? 2 : kBits, kMine = kUnits == 4 ? kVectors : kVectors / 2;  // whole, or lower bits
-  const uint32_t lane = block + lane_id() * 16;
   FLUTE_UNROLL
   for (int v = 0; v < kMine; ++v) {
     const Words4 four = lds128(lane + (half * kMine + v) * kVectorBytes);
@@ -357,7 +356,7 @@ FLUTE_KERNEL(kMmaThreads, Tile::kCtas) lut_mma(FLUTE_PARAMETER MmaParameters p) 
       };
       const auto multiply = [&](auto small_groups) {
         uint32_t codes[4 * kBits];
-        load_units<kBits, 4>(stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits)), 0, codes);
+        load_units<kBits, 4>(stage + (row_warp * Tile::kInputWarps + input_warp) * int(block_bytes(kBits)) + lane_id() * 16, 0, codes);
         multiply_block<kBits, mma_row(kBits), kF16, small_groups.value, 4>(table, lane_copy<kBits>(lane_id()), to_weight,
                                                                            p.w.scale_f16, codes, load_x, scales_of, acc);
       };

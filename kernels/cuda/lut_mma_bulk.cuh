@@ -334,9 +334,10 @@ struct TileEnd {
   Words4 residual{}, weight{};
 
   FLUTE_DEVICE TileEnd(const BulkCall& p, uint32_t tile) : at(locate(p, tile)) {
-    const int octets = (p.gated ? 1 : kBulkStrips) * kStripRows / 8;
-    token = fresh_thread_id() / octets;
-    octet = fresh_thread_id() % octets;
+    const int shift = p.gated ? 3 : 4;  // of a token's octets
+    static_assert(kBulkStrips * kStripRows / 8 == 16);
+    token = fresh_thread_id() >> shift;
+    octet = fresh_thread_id() & ((1 << shift) - 1);
     row = at.first_row + octet * 8;
     left = token < p.m ? at.rows - octet * 8 : 0;
     whole = left >= 8 && (p.w.n | row) % 8 == 0 && (!p.gated || p.w.n % 16 == 0);
@@ -444,30 +445,31 @@ FLUTE_DEVICE void consume_items(const BulkCall& p, const BulkShared<kBits, Tile>
         }
         sync();
       }
+      // In a stage, the lane's codes, its row of x (swizzled by the row: 16-byte piece i of it is at i ^ lane % 8), its scales. An
+      // item begins with a group, or is within one.
+      const auto in_stage = [&](uint32_t offset) { return kept_register(at.x(0) + offset); };
+      const uint32_t codes_at = in_stage(at.codes(0, warp.strip) - at.x(0) + warp.input * at.kBlock + lane * 16);
+      const uint32_t x_at = in_stage(warp.input * at.kXBlock + ((lane % 8 * (kBlockInputs * 2 + 16)) ^ (lane / 8 * 16)));
+      const uint32_t scales_at = in_stage(at.scales(0, warp.strip, p.item_groups) - at.x(0) + lane / 4 * 16 + warp.half * Tile::kUnits * 4);
       // Where the tile has one strip, the other's warps add up what the stage happens to hold, which nobody writes.
       float acc[Tile::kUnits][kTokenTiles][4] = {};
       FLUTE_ROLLED
       for (; left && slice < int(p.work.slices); ++slice, --left) {
-        const int block = slice * Tile::kInputWarps + warp.input;
+        const uint32_t offset = stage * at.stage_size;
         mbarrier_wait(at.full + stage * 8, parity);
-        if (block < p.w.blocks) {
+        if (slice * Tile::kInputWarps + warp.input < p.w.blocks) {
           uint32_t codes[4 * kBits];
-          load_units<kBits, Tile::kUnits>(at.codes(stage, warp.strip) + warp.input * at.kBlock, warp.half, codes);
+          load_units<kBits, Tile::kUnits>(codes_at + offset, warp.half, codes);
           const auto read_x = [&](uint32_t(&b)[kTokenTiles][2][4]) {
-            // Swizzled by the row: 16-byte piece i of it is at i ^ lane % 8.
-            const uint32_t row = (at.x(stage) + warp.input * at.kXBlock + lane % 8 * (kBlockInputs * 2 + 16)) ^ lane / 8 * 16;
             FLUTE_UNROLL
             for (int t = 0; t < kTokenTiles; ++t) {
-              ldmatrix4(row + t * 8 * (kBlockInputs * 2), b[t][0]);
-              ldmatrix4((row ^ 64) + t * 8 * (kBlockInputs * 2), b[t][1]);
+              ldmatrix4(x_at + offset + t * 8 * (kBlockInputs * 2), b[t][0]);
+              ldmatrix4(((x_at + offset) ^ 64) + t * 8 * (kBlockInputs * 2), b[t][1]);
             }
           };
           const auto scales_of = [&](int s) {
-            // Of whole blocks none is beyond the last group.
-            const int first = (slice * Tile::kInputWarps * kBlockInputs) >> p.group_shift;
-            const int group = (block * kBlockInputs + (kFine ? s * kStepInputs : 0)) >> p.group_shift;
-            return at.scales(stage, warp.strip, p.item_groups) + (group - first) * kScaleRowBytes + lane / 4 * 16 +
-                   warp.half * Tile::kUnits * 4;
+            const int group = (warp.input * kBlockInputs + (kFine ? s * kStepInputs : 0)) >> p.group_shift;
+            return scales_at + offset + group * kScaleRowBytes;
           };
           multiply_block<kBits, kWideRow, kF16, kFine>(at.table, copy, to_weight, p.w.scale_f16, codes, read_x, scales_of, acc);
         }

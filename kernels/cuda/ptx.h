@@ -38,6 +38,7 @@ struct alignas(16) Words4 {
 
 FLUTE_DEVICE int thread_id() { return simt::thread(); }
 FLUTE_DEVICE int fresh_thread_id() { return simt::thread(); }
+FLUTE_DEVICE uint32_t kept_register(uint32_t v) { return v; }
 FLUTE_DEVICE int cta_id() { return simt::cta(); }
 FLUTE_DEVICE int cta_count() { return simt::ctas(); }
 FLUTE_DEVICE uint32_t shared_base() { return simt::kSharedBase; }
@@ -138,6 +139,11 @@ FLUTE_DEVICE int thread_id() { return int(threadIdx.x); }
 FLUTE_DEVICE int fresh_thread_id() {
   int v;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+// A value that is not to be computed again where it is used.
+FLUTE_DEVICE uint32_t kept_register(uint32_t v) {
+  asm volatile("" : "+r"(v));
   return v;
 }
 FLUTE_DEVICE int cta_id() { return int(blockIdx.x); }
