@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerance import assert_within_bound
 
-from vllm_flute import FluteError, LutTensor, counters, lut_linear, quantize
+from vllm_flute import FluteError, LutTensor, counters, lut_linear, ops, quantize
 from vllm_flute.backends import portable
 from vllm_flute.dispatch import pack_parts
 from vllm_flute.layout import ABI, MAGIC, ROWS, Layout
@@ -59,6 +59,16 @@ def test_opcheck(bias):
     _, parts = fused()
     packed, header = pack_parts(*parts, 32, [40, 8, 24])
     torch.library.opcheck(lut_linear_op, (torch.randn(2, 3, 128), packed, header, bias, 72, ""))
+
+
+def test_opcheck_of_norms():
+    _, parts = fused()
+    packed, header = pack_parts(*parts, 32, [40, 8, 24])
+    weights = packed, header, None, 72, ""
+    x, residual, squares = torch.randn(2, 3, 128), torch.randn(2, 3, 72), torch.rand(ops.NORM_TOKENS, 8)
+    torch.library.opcheck(ops.lut_linear_add_norm_op, (x, residual, torch.randn(72), 1e-5, *weights))
+    torch.library.opcheck(ops.lut_linear_normed_op, (x, squares, 1e-5, *weights))
+    torch.library.opcheck(ops.lut_linear_normed_silu_op, (x, squares, 1e-5, *weights))
 
 
 def test_compiled_graph_does_not_depend_on_the_format():
