@@ -28,10 +28,12 @@ MICRO = KERNELS / "benchmarks" / "gpu" / "micro.cu"
 # A model's every step; the others run at load, or write more than they compute.
 HOT = ("lut_mma", "lut_mma_bulk", "lut_wgmma")
 # Sums, x, codes and lookups under way take all but a dozen of the registers there (setmaxnreg's 112): nvcc 13.0 stores
-# some of the others, nearly all of them where a tile is done. Within the loop a warp reads at most so many an item of
-# some 200 to 390 instructions, and stores none.
-FULL = re.compile(r"lut_mma_bulk<[234], (true|false), (true|false), BulkTile<(16|32)>>")
-FULL_STACK, FULL_LOADS = 40, 2  # bytes, and instructions of the loop
+# some of the others, nearly all of them where a tile is done. Within the loop a warp reads at most so many an item, the
+# addresses of its codes, its x and its scales in a stage (each would be three to ten instructions to compute again),
+# and stores none; and the loop is at most so long where a block has one group.
+FULL = re.compile(r"lut_mma_bulk<(?P<bits>[234]), (true|false), (?P<fine>true|false), BulkTile<(?P<tokens>16|32)>>")
+FULL_STACK, FULL_LOADS = 40, 3  # bytes, and instructions of the loop
+FULL_LOOP = {("2", "16"): 200, ("2", "32"): 160, ("3", "16"): 320, ("3", "32"): 235, ("4", "16"): 265, ("4", "32"): 205}
 # Where wgmma is serialised or setmaxnreg ignored, ptxas says "info : (C7510) Potential Performance Loss" and the like.
 WARNING = re.compile(r"warning|error|\(C\d+\)|performance", re.IGNORECASE)
 REGISTERS = 65536  # of a multiprocessor, CUDA C++ Programming Guide, "Technical specifications per compute capability"
@@ -275,8 +277,10 @@ def main_loop(instructions: list[str]) -> list[str]:
 def test_hot_kernels_have_no_local_memory_in_their_code(code, listing):
     for kernel in HOT:
         for key, count in of(code, kernel).items():
-            if FULL.fullmatch(key[0]):
-                count = Counter(main_loop(listing[key]))
+            if full := FULL.fullmatch(key[0]):
+                loop = main_loop(listing[key])
+                count = Counter(loop)
+                assert full["fine"] == "true" or len(loop) <= FULL_LOOP[full["bits"], full["tokens"]], (key, len(loop))
                 # Units x steps x times 8 tokens: 4 x 4 x 2, or 2 x 4 x 4.
                 assert any_of(count, "HMMA") == 32, (key, count)
                 assert any_of(count, "LDL") <= FULL_LOADS and not any_of(count, "STL"), (key, count)
