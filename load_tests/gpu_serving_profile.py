@@ -32,11 +32,12 @@ def group_of(name: str) -> str:
 
 
 def read_trace(path: Path) -> dict[str, tuple[float, int]]:
-    """Microseconds and calls by name: of a GPU's kernels, copies and fills, or of operators where there are none."""
+    """Own microseconds and calls by name: of a GPU's kernels, copies and fills, or of operators without any."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as f:
         events = [e for e in json.load(f)["traceEvents"] if e.get("ph") == "X"]
     spans = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    own = [e["dur"] for e in spans]
+    spans.sort(key=lambda e: e["ts"])
+    own = after_others(spans)
     if not spans:
         spans = sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["tid"], e["ts"], -e["dur"]))
         own = own_times(spans)
@@ -45,6 +46,18 @@ def read_trace(path: Path) -> dict[str, tuple[float, int]]:
         before = total[event["name"]]
         total[event["name"]] = (before[0] + duration, before[1] + 1)
     return dict(total)
+
+
+def after_others(spans: list[dict]) -> list[float]:
+    """Of each span what lasts longer than all that began before: kernels that are launched early wait for the one
+    before them, and copies run beside. The sum is the time in which anything ran. Spans sorted by start.
+    """
+    own, end = [], float("-inf")
+    for span in spans:
+        over = span["ts"] + span["dur"]
+        own.append(max(0.0, over - max(span["ts"], end)))
+        end = max(end, over)
+    return own
 
 
 def own_times(spans: list[dict]) -> list[float]:
@@ -69,7 +82,7 @@ def decode_step(short: dict, long: dict, steps: int, step_us: float) -> dict:
         step_us: microseconds of a step without a profiler.
 
     Returns ``step_us``, ``groups`` (name to [us, launches]; GAP is the rest of step_us and may be negative where
-    kernels run at once, or slower under the profiler) and ``top`` ([kernel, group, us, launches]).
+    kernels run slower under the profiler) and ``top`` ([kernel, group, us, launches]).
     """
     kernels = []
     for name, (us, calls) in long.items():

@@ -314,6 +314,13 @@ def test_a_trace_counts_kernels_where_there_are_any_else_operators_own_time(tmp_
     assert found == {"nvjet": (5, 2), "Memset (Device)": (1, 1)}
 
 
+def test_kernels_that_wait_for_others_have_the_time_after_them(tmp_path):
+    """As those that are launched early: the sum is the time in which anything ran."""
+    kernels = [("kernel", "first", 0, 10, 7), ("kernel", "early", 4, 12, 7), ("gpu_memcpy", "within", 5, 3, 8)]
+    found = gpu_serving_profile.read_trace(trace(tmp_path / "a.json", [*kernels, ("kernel", "later", 20, 5, 7)]))
+    assert found == {"first": (10, 1), "early": (6, 1), "within": (0, 1), "later": (5, 1)}
+
+
 def test_a_step_is_the_difference_of_two_generations(part, capsys):
     short = {"flute::cuda::lut_mma": (100.0, 10), "prefill_gemm": (50.0, 1)}
     long = {"flute::cuda::lut_mma": (260.0, 26), "prefill_gemm": (50.0, 1), "rms_norm": (40.0, 8), "nvjet": (20.0, 4)}
