@@ -15,6 +15,7 @@ struct Device {
   int arch;          // compute capability: 80, 89, 90, 100, 120
   int sms;           // multiprocessors
   int shared_bytes;  // that a block may have (opt-in)
+  int reserved = 1024;  // of a block's shared memory by the system, before its own
 };
 
 // An RMS norm between two layers, at most kNormTokens tokens of it: what the first adds up, and how the second scales its tokens.

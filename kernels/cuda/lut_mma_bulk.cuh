@@ -89,6 +89,7 @@ struct BulkShared {
   static_assert(2 * 8 * kBulkStages + kNormTokens * 4 <= kBarriers && Tile::kSums % 1024 == 0 && Tile::kPart % 1024 == 0, "stages are aligned");
   static int bytes(int stages, int groups) { return kTable + Tile::kSums + Tile::kPart + kBarriers + stages * stage_bytes(groups); }
 
+  static_assert(kSharedBegin == uint32_t(Device{}.reserved), "as takes_bulk() has it");
   static constexpr uint32_t table = kSharedBegin, sums = table + kTable, kept = sums + Tile::kSums, full = kept + Tile::kPart,
                             empty = full + kBulkStages * 8, factors = empty + kBulkStages * 8,
                             stages = full + kBarriers;

@@ -45,7 +45,8 @@ const char* read_device(int index, Device* device) {
   const std::pair<cudaDeviceAttr, int*> wanted[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                                                     {cudaDevAttrComputeCapabilityMinor, &minor},
                                                     {cudaDevAttrMultiProcessorCount, &device->sms},
-                                                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes}};
+                                                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes},
+                                                    {cudaDevAttrReservedSharedMemoryPerBlock, &device->reserved}};
   for (const auto& [attribute, value] : wanted) {
     if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index); error != cudaSuccess) return cudaGetErrorString(error);
   }
