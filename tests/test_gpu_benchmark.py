@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_every_kernel_was_compared_and_none_was_wrong(result):
     checks = result["checks"]
     assert len(checks["kernels"]) == 2 and "triton" in checks["kernels"]
     assert checks["failed"] == 0 and checks["failures"] == []
-    assert set(checks["by_kind"]) == {"round trip", "ragged", "other scales", "decode", "repeats", "gated"}
+    assert set(checks["by_kind"]) == {"round trip", "ragged", "other scales", "decode", "repeats", "gated", "normed"}
     for kernel in checks["kernels"]:
         assert checks["calls"][kernel] >= 10
         assert 0 < checks["worst_error_to_bound"][kernel] <= 1 and checks["worst_relative_error"][kernel] < 0.01
@@ -205,8 +206,8 @@ def test_a_sanitizer_counts_what_it_says_of_our_kernels(modules):
     assert not measure.sanitizer_result("", "Traceback\n")["finished"]
 
 
-@pytest.mark.parametrize("bare", [False, True])
-def test_a_chain_gives_each_layer_what_it_takes(monkeypatch, bare):
+@pytest.mark.parametrize("between", ["norms", "nothing"])
+def test_a_chain_gives_each_layer_what_it_takes(monkeypatch, between):
     monkeypatch.syspath_prepend(str(GPU))
     import chain
     import torch
@@ -222,5 +223,35 @@ def test_a_chain_gives_each_layer_what_it_takes(monkeypatch, bare):
 
     calls = [call(matrix, i == 2) for _ in "ab" for i, matrix in enumerate(chain.MODEL)]
     x, wide = torch.ones(3, chain.HIDDEN), torch.ones(3, chain.INTERMEDIATE)
-    chain.step(calls, x, wide, None if bare else torch.ones(chain.HIDDEN))
+    chain.step(calls, x, wide, torch.ones(chain.HIDDEN), between)
     assert seen == 2 * [(matrix.name, (3, matrix.k)) for matrix in chain.MODEL]
+
+
+def test_a_chain_with_joined_norms_has_no_other_calls(monkeypatch):
+    monkeypatch.syspath_prepend(str(GPU))
+    import chain
+    import torch
+
+    seen = []
+
+    def operator(name: str):
+        def run(x, *arguments):
+            n = arguments[-2]
+            seen.append((name, tuple(x.shape), n))
+            y = x.new_ones(len(x), n // 2 if "silu" in name else n)
+            return (y, y, x.new_ones(32, 256)) if "add" in name else y
+
+        return run
+
+    names = ("linear", "linear_silu", "linear_add_norm", "linear_normed", "linear_normed_silu")
+    monkeypatch.setattr(chain, "ops", SimpleNamespace(**{f"lut_{name}_op": operator(name) for name in names}))
+    calls = [
+        chain.Layer(i, SimpleNamespace(packed=None, header=None, n=matrix.n))
+        for _ in "ab"
+        for i, matrix in enumerate(chain.MODEL)
+    ]
+    x = torch.ones(3, chain.HIDDEN)
+    chain.step(calls, x, torch.ones(3, chain.INTERMEDIATE), torch.ones(chain.HIDDEN), "joined")
+    layer = ["linear_normed", "linear_add_norm", "linear_normed_silu", "linear_add_norm"]
+    assert [name for name, *_ in seen] == ["linear", *layer[1:], *layer]
+    assert [rest for _, *rest in seen] == 2 * [[(3, matrix.k), matrix.n] for matrix in chain.MODEL]
