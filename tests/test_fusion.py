@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from vllm import ir
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
@@ -35,6 +36,13 @@ from gpu_serving_models import Variant, write_dummy  # noqa: E402
 K, HALF = 64, 96
 PLAIN, FUSED = "lut_linear_v1", "lut_linear_silu_v1"
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_graph_of_another_run():
+    """From Inductor's cache a graph comes without a pass having seen it."""
+    with inductor_config.patch(force_disable_caches=True):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +211,8 @@ def test_the_norm_between_two_layers_is_joined_to_them():
             found = call(*inputs)
         for mine, plain in zip(found, module(*inputs), strict=True):
             assert (mine - plain).abs().max() <= 0.02 * plain.abs().max()
-    assert ADD_NORM in code and NORMED_SILU in code and joins.norms == 1 and joins.matched == 1
+    assert ADD_NORM in code and NORMED_SILU in code
+    assert joins.norms == joins.matched > 0  # one a graph, of which there is another for a single token
     assert f"{PLAIN}." in code  # the last layer's, whose norm the head reads
 
 
