@@ -178,6 +178,7 @@ class Block(torch.nn.Module):
         (self.o, self.o_header), (self.down, self.down_header) = square(1), square(2)
         (self.gate, self.gate_header), self.change = gate_up(), change
         self.register_buffer("up", torch.randn(K, HALF, generator=torch.Generator().manual_seed(0)) / 8)
+        self.register_buffer("bias", torch.linspace(-1, 1, 2 * HALF))
         self.register_buffer("weight", 1 + hidden(1, torch.float32, 5)[0] / 4)
 
     def forward(self, x, residual):
@@ -187,7 +188,8 @@ class Block(torch.nn.Module):
         size = 32 if self.change == "part" else None
         weight = None if self.change == "no weight" else self.weight
         normed, residual = torch.ops.vllm_ir.fused_add_rms_norm(y, residual, weight, EPSILON, size)
-        gated = SiluAndMul.forward_native(lut_linear_op(normed, self.gate, self.gate_header, None, 2 * HALF, ""))
+        bias = self.bias if self.change == "bias" else None
+        gated = SiluAndMul.forward_native(lut_linear_op(normed, self.gate, self.gate_header, bias, 2 * HALF, ""))
         narrow = torch.nn.functional.linear(gated, self.up)
         y = lut_linear_op(narrow, self.down, self.down_header, None, K, "")
         normed_again, residual = torch.ops.vllm_ir.fused_add_rms_norm(y, residual, self.weight, EPSILON)
@@ -196,8 +198,9 @@ class Block(torch.nn.Module):
         return normed_again, residual  # the first is what the head reads
 
 
-def test_the_norm_between_two_layers_is_joined_to_them():
-    module = Block().to(torch.bfloat16)
+@pytest.mark.parametrize("change", ["", "bias"])  # with one SwiGLU stays a kernel of its own
+def test_the_norm_between_two_layers_is_joined_to_them(change):
+    module = Block(change).to(torch.bfloat16)
     torch._dynamo.reset()
     joins = LayerFusion(torch.bfloat16, "cpu")
     call = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": joins})
@@ -211,8 +214,8 @@ def test_the_norm_between_two_layers_is_joined_to_them():
             found = call(*inputs)
         for mine, plain in zip(found, module(*inputs), strict=True):
             assert (mine - plain).abs().max() <= 0.02 * plain.abs().max()
-    assert ADD_NORM in code and NORMED_SILU in code
-    assert joins.norms == joins.matched > 0  # one a graph, of which there is another for a single token
+    assert ADD_NORM in code and (NORMED if change else NORMED_SILU) in code
+    assert joins.norms > 0 and joins.matched == (0 if change else joins.norms)  # one a graph, of any tokens or of one
     assert f"{PLAIN}." in code  # the last layer's, whose norm the head reads
 
 

@@ -15,7 +15,7 @@ LINEAR, LINEAR_SILU, LINEAR_ADD_NORM, LINEAR_NORMED, LINEAR_NORMED_SILU, PACK, U
     f"lut_{name}_v{ABI}"
     for name in ("linear", "linear_silu", "linear_add_norm", "linear_normed", "linear_normed_silu", "pack", "unpack")
 )
-NORM_TOKENS, STRIP_ROWS, STRIP_PARTS = 32, 64, 4  # kernels/cuda/launch.h: kNormTokens, norm_parts()
+NORM_TOKENS = 32  # kernels/cuda/launch.h: kNormTokens
 
 # x [..., K] bf16, fp16 or fp32 -> y [..., N] in x's dtype, accumulated in fp32. kernel "": dispatch.
 library.define(
@@ -87,11 +87,15 @@ def silu_and_mul(y: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(y[..., :half]) * y[..., half:]
 
 
+def norm_parts(N):
+    """Sums of squares that a token of N values has: four for 64, as kernels/cuda/launch.h."""
+    return (N + 63) // 64 * 4
+
+
 @torch.library.register_fake(f"vllm_flute::{LINEAR_ADD_NORM}", lib=library)
 def _linear_add_norm_fake(x, residual, weight, epsilon, packed, header, bias, N, kernel):
-    parts = (N + STRIP_ROWS - 1) // STRIP_ROWS * STRIP_PARTS
     y = x.new_empty((*x.shape[:-1], N))
-    return y, torch.empty_like(y), x.new_empty((NORM_TOKENS, parts), dtype=torch.float32)
+    return y, torch.empty_like(y), x.new_empty((NORM_TOKENS, norm_parts(N)), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"vllm_flute::{LINEAR_NORMED}", lib=library)
@@ -116,7 +120,8 @@ def _linear_add_norm(x, residual, weight, epsilon, packed, header, bias, N, kern
     return (total * weight.float()).to(x.dtype), total.to(x.dtype), squares
 
 
-def _normed(x, squares, epsilon):
+def scale_tokens(x: torch.Tensor, squares: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The norm ``[..., K]`` of lut_linear_add_norm's outputs, in x's dtype."""
     tokens = x.numel() // x.shape[-1]
     if tokens > NORM_TOKENS:
         return x
@@ -125,11 +130,11 @@ def _normed(x, squares, epsilon):
 
 
 def _linear_normed(x, squares, epsilon, packed, header, bias, N, kernel):
-    return lut_linear_op(_normed(x, squares, epsilon), packed, header, bias, N, kernel)
+    return lut_linear_op(scale_tokens(x, squares, epsilon), packed, header, bias, N, kernel)
 
 
 def _linear_normed_silu(x, squares, epsilon, packed, header, bias, N, kernel):
-    return lut_linear_silu_op(_normed(x, squares, epsilon), packed, header, bias, N, kernel)
+    return lut_linear_silu_op(scale_tokens(x, squares, epsilon), packed, header, bias, N, kernel)
 
 
 library.impl(LINEAR_ADD_NORM, _linear_add_norm, "CompositeExplicitAutograd")

@@ -12,9 +12,9 @@ namespace flute::cuda {
 
 // What a launcher has to know of the device; the caller reads it once.
 struct Device {
-  int arch;          // compute capability: 80, 89, 90, 100, 120
-  int sms;           // multiprocessors
-  int shared_bytes;  // that a block may have (opt-in)
+  int arch;             // compute capability: 80, 89, 90, 100, 120
+  int sms;              // multiprocessors
+  int shared_bytes;     // that a block may have (opt-in)
   int reserved = 1024;  // of a block's shared memory by the system, before its own
 };
 
@@ -70,7 +70,8 @@ inline bool takes_gate(const Packed& w, int64_t m) {
 // Whether run_mma has the norm before a call and the one after it in its kernel.
 bool takes_norms(const Gemm& call);
 
-// Each returns null, or one line that says what failed (CUDA's own words).
+// Each returns null, or one line that says what failed (CUDA's own words). On sm_90 run_mma and run_wgmma may read weights before
+// the kernel before them in the stream has ended, never x: who writes weights by a kernel lets something follow that is none.
 const char* run_mma(const Gemm& call);      // any arch from 80, any M; meant for M <= 32 (K1)
 const char* run_wgmma(const Gemm& call);    // arch 90 (K2)
 // W[first_row .. first_row + rows, K] (K3) to `dense`, 16-byte aligned, in `dtype`: flute.h's Dtype.

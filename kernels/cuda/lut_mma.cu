@@ -9,10 +9,12 @@ const char* run_mma_bulk_bits(const Gemm& call, int group_shift);  // lut_mma_bu
 
 // Bulk copies want Hopper and whole blocks of inputs, and pay where a few tokens wait for weights. The kernel's shared addresses are
 // constants behind what the system reserves.
-static_assert(kNormTokens == 32, "what the bulk kernel takes");
 bool takes_bulk(const Gemm& call) {
-  return call.device.arch == 90 && call.device.reserved == Device{}.reserved && call.m <= 32 && call.w.k % kBlockInputs == 0 && call.device.shared_bytes >= 200 * 1024;
+  const Device& device = call.device;
+  const bool fits = device.arch == 90 && device.reserved == Device{}.reserved && device.shared_bytes >= 200 * 1024;
+  return fits && call.m <= 32 && call.w.k % kBlockInputs == 0;
 }
+static_assert(kNormTokens == 32, "what the bulk kernel takes");
 const char* run_bulk(const Gemm& call, int group_shift) {
   if (call.w.bits == 2) return run_mma_bulk_bits<2>(call, group_shift);
   return call.w.bits == 3 ? run_mma_bulk_bits<3>(call, group_shift) : run_mma_bulk_bits<4>(call, group_shift);

@@ -32,9 +32,11 @@ const char* run_pack(const Packed& w, const Shard* table, const uint8_t* qweight
                      uint8_t* packed, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   uint8_t* there = packed + w.n_shards * int64_t(16 * sizeof(float));
-  if (const char* why = failure(cudaMemcpyAsync(there, table, w.n_shards * sizeof(Shard), cudaMemcpyHostToDevice, on))) return why;
+  const auto copy_table = [&] { return failure(cudaMemcpyAsync(there, table, w.n_shards * sizeof(Shard), cudaMemcpyHostToDevice, on)); };
+  if (const char* why = copy_table()) return why;
   pack_kernel<<<blocks_for(w.bytes / int64_t(sizeof(Vector))), kThreads, 0, on>>>(w, {qweight, scales, codebooks}, packed);
-  return failure(cudaGetLastError());
+  if (const char* why = failure(cudaGetLastError())) return why;
+  return copy_table();  // again: a kernel that is launched early waits for what is none (launch.h)
 }
 
 const char* run_unpack(const Packed& w, const uint8_t* packed, uint8_t* qweight, uint16_t* scales, float* codebooks, void* stream) {

@@ -211,11 +211,20 @@ void check_norms(bool few) {
           expect(error <= std::fabs(normed.values[i]) * 0x1p-8 + 0x1p-24, name + ": tokens by themselves");
         }
 
+        // Shards of rows that tiles do not divide, each with a table of its own.
+        const Layer fused = make_layer({{40, 8, 136}, shape.k, shape.group_size}, bits, false, kAny);
+        found.resize(size_t(m) * fused.w.n);
+        next.w = fused.w;
+        next.packed = fused.packed.data.get();
+        next.bias = nullptr;
+        next.y = found.data();
+        run_norms(next, device, turn, name + ", three shards");
+        check(fused, normed, false, bound(fused, f16, 1), found, name + ", normed, three shards");
+
         const Layer halves = make_layer({{shape.shards[0], shape.shards[0]}, shape.k, shape.group_size}, bits, false, kAny);
         Buffer both(size_t(m) * n * 4), product(size_t(m) * n * 2);
         next.w = halves.w;
         next.packed = halves.packed.data.get();
-        next.bias = nullptr;
         next.y = both.data.get();
         run_norms(next, device, turn, name + ", both halves");
         next.gated = product.data.get();
@@ -285,6 +294,15 @@ void check_refusals() {
   call.device = device_of(89, 1);
   call.normed.squares = reinterpret_cast<const float*>(in.x.data.get());
   refused("only the bulk kernel has norms");
+  call.device = device_of(90, 1);
+  expect(takes_norms(call), "a norm before a call");
+  call.normed.squares = nullptr;
+  call.add.residual = in.x.data.get();
+  call.w = make_layer({{8, 8}, 64, 64}, 4, false, kAny).w;
+  refused("only the bulk kernel has norms");  // a sum of more shards than one
+  call.device.reserved = 2048;
+  call.w = make_layer({{8}, 64, 64}, 4, false, kAny).w;
+  refused("only the bulk kernel has norms");  // addresses of another system
 }
 
 }  // namespace

@@ -29,8 +29,6 @@ from vllm_flute import ops  # noqa: E402
 ROUNDS, REPLAYS = 9, 3
 MODEL = weights.LLAMA[:4]  # qkv, o, gate_up, down
 HIDDEN, INTERMEDIATE = MODEL[0].k, MODEL[3].k
-
-
 EPSILON = 1e-5
 
 

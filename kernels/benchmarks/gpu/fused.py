@@ -41,94 +41,88 @@ def launches(call) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
-def gated(checker, matrix: Matrix, bits: int, group_size: int, dtype: torch.dtype) -> None:
+def calls(checker, kind: str, matrix: Matrix, bits: int, group_size: int, dtype: torch.dtype, tokens: tuple[int, ...]):
+    """(kernel, packed layer, tokens, what a failure is called) for all kernels with these operators."""
+    _, packed = checker.layer(matrix, bits, group_size, dtype)
+    for name, m in itertools.product((name for name in checker.kernels if name != TRITON), tokens):
+        if m <= max(checker.tokens):
+            yield name, packed[name], m, f"{kind} {matrix.name} {bits} bits g{group_size} {dtype} M={m}"
+    checker.results.by_kind[kind] += 1
+
+
+def one_launch(checker, name: str, what: str, by_name: dict) -> None:
+    for of, call in by_name.items():
+        if (count := launches(call)) != 1:
+            checker.results.fail(name, what, f"{of} is {count} launches, not 1")
+
+
+def gated(checker, *layer) -> None:
     """silu(gate) * up of the operator beside the product's own halves: within one rounding of silu's exponential where
     the sums are those of the product alone, else of what halves give that differ by one rounding.
+
+    layer: matrix, bits, group size and dtype.
     """
-    _, packed = checker.layer(matrix, bits, group_size, dtype)
-    for name in checker.kernels:
-        if name == TRITON:
-            continue
-        layer = packed[name]
-        for m in (1, 8, 17, 64, 200):
-            if m > max(checker.tokens):
-                continue
-            x, bias = checker.activations(m, matrix.k, dtype), checker.activations(1, matrix.n, dtype)[0]
-            what = f"gated {matrix.name} {bits} bits g{group_size} {dtype} M={m}"
+    matrix, *_, dtype = layer
+    for name, packed, m, what in calls(checker, "gated", *layer, (1, 8, 17, 64, 200)):
+        x, bias = checker.activations(m, matrix.k, dtype), checker.activations(1, matrix.n, dtype)[0]
+        weights = packed.packed, packed.header, bias, packed.n, name
 
-            def case(name=name, layer=layer, x=x, bias=bias, what=what):
-                weights = layer.packed, layer.header, bias, layer.n, name
-                y, found = ops.lut_linear_op(x, *weights), ops.lut_linear_silu_op(x, *weights)
-                expected, slack = ops.silu_and_mul(y).float(), 2 * torch.finfo(x.dtype).eps
-                around = torch.stack([ops.silu_and_mul(neighbour).float() for neighbour in neighbours(y)])
-                spread = (around - expected).abs().amax(0) if name in OTHER_SUMS else 0
-                checker.results.calls[name] += 1
-                if ((found.float() - expected).abs() > slack * expected.abs() + spread + 1e-6).any():
-                    worst = (found.float() - expected).abs().max().item()
-                    checker.results.fail(name, what, f"silu(gate) * up differs by {worst:.3g}")
-                if checker.device == "cuda" and name in ONE_LAUNCH:
-                    for of, op in (("the product", ops.lut_linear_op), ("SwiGLU", ops.lut_linear_silu_op)):
-                        count = launches(lambda op=op: op(x, *weights))
-                        if count != 1:
-                            checker.results.fail(name, what, f"{of} is {count} launches, not 1")
+        def case(name=name, weights=weights, x=x, what=what):
+            y, found = ops.lut_linear_op(x, *weights), ops.lut_linear_silu_op(x, *weights)
+            expected, slack = ops.silu_and_mul(y).float(), 2 * torch.finfo(x.dtype).eps
+            around = torch.stack([ops.silu_and_mul(neighbour).float() for neighbour in neighbours(y)])
+            spread = (around - expected).abs().amax(0) if name in OTHER_SUMS else 0
+            checker.results.calls[name] += 1
+            if ((found.float() - expected).abs() > slack * expected.abs() + spread + 1e-6).any():
+                worst = (found.float() - expected).abs().max().item()
+                checker.results.fail(name, what, f"silu(gate) * up differs by {worst:.3g}")
+            if checker.device == "cuda" and name in ONE_LAUNCH:
+                product, swiglu = (lambda op=op: op(x, *weights) for op in (ops.lut_linear_op, ops.lut_linear_silu_op))
+                one_launch(checker, name, what, {"the product": product, "SwiGLU": swiglu})
 
-            checker.guarded(name, what, case)
-    checker.results.by_kind["gated"] += 1
+        checker.guarded(name, what, case)
 
 
-def normed(checker, matrix: Matrix, bits: int, group_size: int, dtype: torch.dtype) -> None:
+def normed(checker, *layer) -> None:
     """A norm divided between two layers: the first's outputs are those of its product, rounded alike; the second's
     product differs from that of the norm itself as its input does, by a rounding.
+
+    layer: matrix, bits, group size and dtype.
     """
-    _, packed = checker.layer(matrix, bits, group_size, dtype)
-    for name in checker.kernels:
-        if name == TRITON:
-            continue
-        layer = packed[name]
-        for m in (1, 8, 17, 32, 40):
-            if m > max(checker.tokens):
-                continue
-            x, residual = checker.activations(m, matrix.k, dtype), checker.activations(m, matrix.n, dtype)
-            weight, bias = checker.activations(2, matrix.n, dtype)
-            what = f"normed {matrix.name} {bits} bits g{group_size} {dtype} M={m}"
+    matrix, *_, dtype = layer
+    for name, packed, m, what in calls(checker, "normed", *layer, (1, 8, 17, 32, 40)):
+        x, residual = checker.activations(m, matrix.k, dtype), checker.activations(m, matrix.n, dtype)
+        weight, bias = checker.activations(2, matrix.n, dtype)
+        weights = packed.packed, packed.header, bias, packed.n, name
+        squares = torch.rand(ops.NORM_TOKENS, ops.norm_parts(matrix.k), device=x.device) + 0.5  # of x, any
 
-            def case(name=name, layer=layer, x=x, residual=residual, weight=weight, bias=bias, m=m, what=what):
-                call, weights = (residual, weight, EPSILON), (layer.packed, layer.header, bias, layer.n, name)
-                scaled, total, squares = ops.lut_linear_add_norm_op(x, *call, *weights)
-                sums = ops.lut_linear_op(x, *weights).float() + residual.float()
-                eps, mean = torch.finfo(x.dtype).eps, sums.square().mean(-1, keepdim=True)
-                if m <= ops.NORM_TOKENS:
-                    right = torch.equal(scaled, (sums * weight.float()).to(x.dtype))
-                    found = squares[:m].sum(-1, keepdim=True) / layer.n
-                    right &= ((found - mean).abs() <= 1e-4 * mean).all().item()
-                else:
-                    exact = sums * torch.rsqrt(mean + EPSILON) * weight.float()
-                    right = ((scaled.float() - exact).abs() <= 2 * eps * exact.abs() + 1e-6).all().item()
-                checker.results.calls[name] += 1
-                if not right or not torch.equal(total, sums.to(x.dtype)):
-                    checker.results.fail(name, what, "the sum, or what becomes of it, is not that of the product")
+        def case(name=name, weights=weights, x=x, norm=(residual, weight, EPSILON), squares=squares, m=m, what=what):
+            residual, weight, _ = norm
+            scaled, total, made = ops.lut_linear_add_norm_op(x, *norm, *weights)
+            sums = ops.lut_linear_op(x, *weights).float() + residual.float()
+            eps, mean = torch.finfo(x.dtype).eps, sums.square().mean(-1, keepdim=True)
+            if m <= ops.NORM_TOKENS:
+                right = torch.equal(scaled, (sums * weight.float()).to(x.dtype))
+                found = made[:m].sum(-1, keepdim=True) / sums.shape[-1]
+                right &= ((found - mean).abs() <= 1e-4 * mean).all().item()
+            else:
+                exact = sums * torch.rsqrt(mean + EPSILON) * weight.float()
+                right = ((scaled.float() - exact).abs() <= 2 * eps * exact.abs() + 1e-6).all().item()
+            checker.results.calls[name] += 1
+            if not right or not torch.equal(total, sums.to(x.dtype)):
+                checker.results.fail(name, what, "the sum, or what becomes of it, is not that of the product")
 
-                parts = -(-matrix.k // ops.STRIP_ROWS) * ops.STRIP_PARTS
-                of_x = torch.rand(ops.NORM_TOKENS, parts, device=x.device) + 0.5
-                expected = ops.lut_linear_op(ops._normed(x, of_x, EPSILON), *weights).float()
-                found = ops.lut_linear_normed_op(x, of_x, EPSILON, *weights).float()
-                checker.results.calls[name] += 1
-                # The inputs' roundings add up as random numbers do, to some units of the largest result.
-                if not ((found - expected).abs() <= 4 * eps * expected.abs().max()).all():
-                    worst = (found - expected).abs().max().item()
-                    checker.results.fail(name, what, f"the product of normed tokens differs by {worst:.3g}")
-                if (
-                    checker.device == "cuda"
-                    and name == "mma"
-                    and m <= ops.NORM_TOKENS
-                    and torch.cuda.get_device_capability() == (9, 0)
-                ):
-                    for of, op in (
-                        ("the layer before a norm", lambda: ops.lut_linear_add_norm_op(x, *call, *weights)),
-                        ("the layer after a norm", lambda: ops.lut_linear_normed_op(x, of_x, EPSILON, *weights)),
-                    ):
-                        if (count := launches(op)) != 1:
-                            checker.results.fail(name, what, f"{of} is {count} launches, not 1")
+            expected = ops.lut_linear_op(ops.scale_tokens(x, squares, EPSILON), *weights).float()
+            found = ops.lut_linear_normed_op(x, squares, EPSILON, *weights).float()
+            checker.results.calls[name] += 1
+            # The inputs' roundings add up as random numbers do, to some units of the largest result.
+            if not ((found - expected).abs() <= 4 * eps * expected.abs().max()).all():
+                worst = (found - expected).abs().max().item()
+                checker.results.fail(name, what, f"the product of normed tokens differs by {worst:.3g}")
+            hopper = checker.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+            if hopper and name == "mma" and m <= ops.NORM_TOKENS:
+                before = lambda: ops.lut_linear_add_norm_op(x, *norm, *weights)  # noqa: E731
+                after = lambda: ops.lut_linear_normed_op(x, squares, EPSILON, *weights)  # noqa: E731
+                one_launch(checker, name, what, {"the layer before a norm": before, "the layer after a norm": after})
 
-            checker.guarded(name, what, case)
-    checker.results.by_kind["normed"] += 1
+        checker.guarded(name, what, case)
