@@ -182,6 +182,18 @@ for wrong, why in (
             assert f"vllm_flute: {why}" in str(e).replace("packed-weight header: ", ""), (why, str(e))
         else:
             raise AssertionError(why)
+weights = packed, header, None, 4096, ""
+for op, arguments, why in (
+    (ops.lut_linear_add_norm_op, (x, x[:, :8], x[0], 1e-5, *weights), "residual is [1, 8], expected"),
+    (ops.lut_linear_add_norm_op, (x, x, x[0, :8], 1e-5, *weights), "the norm's weight is [8], expected [4096]"),
+    (ops.lut_linear_normed_op, (x, torch.zeros(32, 256), 1e-5, *weights), "squares must be the contiguous fp32 tensor"),
+):
+    try:
+        op.default.redispatch(key, *arguments)
+    except RuntimeError as e:
+        assert f"vllm_flute: {why}" in str(e), (why, str(e))
+    else:
+        raise AssertionError(why)
 print("done")
 """
 

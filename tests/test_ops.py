@@ -71,6 +71,15 @@ def test_opcheck_of_norms():
     torch.library.opcheck(ops.lut_linear_normed_silu_op, (x, squares, 1e-5, *weights))
 
 
+def test_a_residual_of_another_shape_is_refused():
+    _, parts = fused()
+    packed, header = pack_parts(*parts, 32, [40, 8, 24])
+    x, weight = torch.randn(5, 128), torch.randn(72)
+    for residual, of in ((torch.randn(1, 72), weight), (torch.randn(5, 72), weight[:1])):
+        with pytest.raises(RuntimeError, match=r"expected \[5, 72\] and \[72\]"):
+            ops.lut_linear_add_norm_op(x, residual, of, 1e-5, packed, header, None, 72, "")
+
+
 def test_compiled_graph_does_not_depend_on_the_format():
     """One compiled function serves 2, 3 and 4 bits and any M: the header is data."""
     torch._dynamo.reset()

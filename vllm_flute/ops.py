@@ -110,6 +110,11 @@ def _linear_normed_silu_fake(x, squares, epsilon, packed, header, bias, N, kerne
 
 def _linear_add_norm(x, residual, weight, epsilon, packed, header, bias, N, kernel):
     """Where no backend does both at once, as are the two below."""
+    if residual.shape != (*x.shape[:-1], N) or weight.shape != (N,):
+        raise RuntimeError(
+            f"vllm_flute: residual is {list(residual.shape)} and the norm's weight {list(weight.shape)}, "
+            f"expected {[*x.shape[:-1], N]} and [{N}]"
+        )
     total = lut_linear_op(x, packed, header, bias, N, kernel).float() + residual.float()
     *_, squares = _linear_add_norm_fake(x, residual, weight, epsilon, packed, header, bias, N, kernel)
     sums, tokens = total.square().sum(-1), total.numel() // N
