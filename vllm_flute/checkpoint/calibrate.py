@@ -1,6 +1,7 @@
 """Quantization on what calibration text puts into the linear layers, one decoder layer in memory at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,6 +90,8 @@ class Calibration:
                 found = stage(names, second_moments(inputs, self.full))
                 weights |= {f"{name}.weight": t.dequantize(DTYPE) for name, t in found.items()}
                 made |= found
+            else:
+                self.hidden, self.layer = inputs, layer + 1
         return made
 
     @torch.no_grad()
@@ -110,17 +113,32 @@ def second_moments(inputs: list[torch.Tensor], full: bool) -> torch.Tensor:
     """The mean of ``x x^T`` over the inputs x ``[K]``: fp32 ``[K, K]``, or its diagonal ``[K]``.
 
     Args:
-        inputs: ``[tokens, K]`` of each sequence.
+        inputs: bf16 ``[tokens, K]`` of each sequence.
     """
     k = inputs[0].shape[-1]
     total = torch.zeros((k, k) if full else (k,))
-    for one in inputs:
-        x = one.to(torch.float32)
-        if full:
-            total.addmm_(x.T, x)
-        else:
-            total += x.square().sum(0)
+    with _bf16_products():
+        for one in inputs:
+            x = one.to(torch.float32)
+            if full:
+                total.addmm_(x.T, x)
+            else:
+                total += x.square().sum(0)
     return total.div_(sum(map(len, inputs)))
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """fp32 products of values that are bf16, by the CPU's bf16 units where it has some: exact, with fp32 sums.
+
+    2.4 times as fast at K = 1536 with AMX, on one core. torch has no bf16 product with an fp32 result on a CPU.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def _computed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
