@@ -208,8 +208,7 @@ def main() -> None:
     elif not args.text:
         parser.error("give --text")
     elif args.layer:
-        # Learning scales takes the whole model at once: two layers do not tell what it costs.
-        methods = {name: METHODS[name] for name in chosen(args) if METHODS[name][0]["method"] != "learned"}
+        methods = {name: METHODS[name] for name in chosen(args)}
         found = measure_layer(args.layer, Path(args.model), args.work, methods, args.tokens, split(args)[0])
         file = args.work / "layer.json"
         known = json.loads(file.read_text()) if file.exists() else []

@@ -1,20 +1,22 @@
-"""Time and peak memory of quantizing a large model, from two of its layers with random weights."""
+"""Time and peak memory of quantizing a large model, from one and two of its layers with random weights."""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from quality_child import quantize_in_child
+from quality_child import learn_in_child, quantize_in_child
 from safetensors.torch import save_file
+
+from vllm_flute.checkpoint.learned import UPDATES
 
 # hidden_size, intermediate_size, layers, heads, KV heads, size of a head, vocabulary: config.json on the hub.
 MODELS = {"llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256)}
 _LAYERS = 2  # the second one's time has all that a layer costs, also running the layer before with its new weights
-_TOKENS = (2048, 4096)  # calibration tokens that are run, to see what a token costs
+_UPDATES = 3  # of learned scales that are run; the first one is not timed
 
 
-def _write(path: Path, name: str, tokenizer: Path) -> None:
+def _write(path: Path, name: str, tokenizer: Path, count: int) -> None:
     hidden, intermediate, _, heads, kv, size, vocabulary = MODELS[name]
     path.mkdir(parents=True)
     shapes = {"self_attn.q_proj": (heads * size, hidden), "self_attn.k_proj": (kv * size, hidden)}
@@ -23,8 +25,8 @@ def _write(path: Path, name: str, tokenizer: Path) -> None:
     shapes |= {"mlp.down_proj": (hidden, intermediate)}
     torch.manual_seed(0)
     ends = {f"{end}.weight": (vocabulary, hidden) for end in ("model.embed_tokens", "lm_head")}
-    files = {f"layer{i}": {f"model.layers.{i}.{p}.weight": s for p, s in shapes.items()} for i in range(_LAYERS)}
-    norms = [f"model.layers.{i}.{n}_layernorm.weight" for i in range(_LAYERS) for n in ("input", "post_attention")]
+    files = {f"layer{i}": {f"model.layers.{i}.{p}.weight": s for p, s in shapes.items()} for i in range(count)}
+    norms = [f"model.layers.{i}.{n}_layernorm.weight" for i in range(count) for n in ("input", "post_attention")]
     weight_map = {}
     for file, members in {"ends": ends, **files}.items():
         tensors = {key: torch.randn(shape, dtype=torch.bfloat16) * shape[1] ** -0.5 for key, shape in members.items()}
@@ -38,7 +40,7 @@ def _write(path: Path, name: str, tokenizer: Path) -> None:
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": _LAYERS,
+        "num_hidden_layers": count,
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": size,
@@ -61,30 +63,49 @@ def _whole_model(made: dict, layers: int) -> float:
     return made["seconds"] + (layers - _LAYERS) * (last - before)
 
 
-def measure_layer(name: str, tokenizer: Path, work: Path, methods: dict, tokens: int, calibration: Path | None) -> dict:
-    """One row for each method at 4 bits, group 64: estimated seconds of the whole model, and the peak that was seen.
-
-    Calibrated methods run with two numbers of tokens; a token's cost and what costs nothing for each are taken from
-    the two for ``tokens``, and so is the peak.
-    """
-    source = work / f"{name}-source"
+def _source(name: str, tokenizer: Path, work: Path, count: int) -> Path:
+    source = work / f"{name}-{count}-source"
     if not (source / "config.json").exists():
         shutil.rmtree(source, ignore_errors=True)
-        _write(source, name, tokenizer)
+        _write(source, name, tokenizer, count)
+    return source
+
+
+def _options(options: dict, calibrated: bool, tokens: int, calibration: Path) -> dict:
+    given = {"calibrate": str(calibration), "tokens": tokens} if calibrated else {}
+    return options | given | {"bits": 4, "overwrite": True}
+
+
+def _learned(name: str, tokenizer: Path, work: Path, tokens: int, calibration: Path) -> dict:
+    """What learning takes beside GPTQ: an update has all layers in memory, so that one layer more tells its share."""
+    found = []
+    for count in (1, 2):
+        options = {"src": str(_source(name, tokenizer, work, count)), "out": str(work / f"{name}-out")}
+        found.append(learn_in_child(options | _options({}, True, tokens, calibration), _UPDATES))
+    layers = MODELS[name][2]
+
+    def whole(key: str) -> float:
+        return found[0][key] + (layers - 1) * (found[1][key] - found[0][key])
+
+    return {"seconds": whole("before") + UPDATES * whole("update"), "peak_bytes": int(whole("peak_bytes"))}
+
+
+def measure_layer(name: str, tokenizer: Path, work: Path, methods: dict, tokens: int, calibration: Path) -> dict:
+    """One row for each method at 4 bits, group 64: estimated seconds of the whole model, and its peak memory.
+
+    The peak of all methods but learned scales, which hold the codes of all layers, is that of two layers.
+    """
     layers = MODELS[name][2]
     results = []
     for label, (options, calibrated) in methods.items():
-        options = options | {"src": str(source), "out": str(work / f"{name}-out"), "bits": 4, "overwrite": True}
-        if not calibrated:
-            made = quantize_in_child(options)
-            results.append({"method": label, "seconds": _whole_model(made, layers), "peak_bytes": made["peak_bytes"]})
-            continue
-        points = []
-        for count in _TOKENS:
-            made = quantize_in_child(options | {"calibrate": str(calibration), "tokens": count})
-            points.append((_whole_model(made, layers), made["peak_bytes"]))
-        (one, least), (two, most) = points
-        scale = (tokens - _TOKENS[0]) / (_TOKENS[1] - _TOKENS[0])
-        row = {"method": label, "calibration_tokens": tokens, "seconds": one + (two - one) * scale}
-        results.append(row | {"peak_bytes": int(max(most, least + (most - least) * scale)), "measured": points})
+        row = {"method": label} | ({"calibration_tokens": tokens} if calibrated else {})
+        if options["method"] == "learned":
+            made = _learned(name, tokenizer, work, tokens, calibration)
+            row["label"] = "beside gptq"
+        else:
+            paths = {"src": str(_source(name, tokenizer, work, _LAYERS)), "out": str(work / f"{name}-out")}
+            made = quantize_in_child(paths | _options(options, calibrated, tokens, calibration))
+            made["seconds"] = _whole_model(made, layers)
+        results.append(row | {key: made[key] for key in ("seconds", "peak_bytes")})
+        print(json.dumps(results[-1]), flush=True)
     return {"model": name, "threads": torch.get_num_threads(), "rows": results}

@@ -105,3 +105,16 @@ def test_a_model_from_its_layers():
     names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)), "lm_head.weight"]
     marks = [[label, when] for (label, _), when in zip(units(names), (10, 30, 55, 100), strict=True)]
     assert quality_layer._whole_model({"seconds": 100.0, "marks": marks}, 32) == 100 + 30 * 25
+
+
+def test_what_a_large_model_costs(plain, text, tmp_path, monkeypatch, one_thread):
+    """Every kind of method, of a model of the same layout: the costs of five layers are more than those of two."""
+    config = json.loads((plain / "config.json").read_text())
+    monkeypatch.setitem(quality_layer.MODELS, "small", (128, 256, 5, 4, 2, 32, config["vocab_size"]))
+    names = ("nf, absmax", "nf, gptq", "fitted, learned")
+    methods = {name: quality.METHODS[name] for name in names}
+    found = quality_layer.measure_layer("small", plain, tmp_path, methods, 256, text)
+    assert [row["method"] for row in found["rows"]] == list(names) and found["threads"] == 1
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 100 << 20 for row in found["rows"])
+    learned = found["rows"][-1]
+    assert learned["calibration_tokens"] == 256 and learned["label"] == "beside gptq"

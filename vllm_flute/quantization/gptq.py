@@ -134,10 +134,28 @@ def _descend(
 
 
 def _inverse_factor(moments: torch.Tensor, name: str) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of moments ``[K, K]``."""
+    """The upper Cholesky factor of the inverse of moments ``[K, K]``.
+
+    With ``V`` upper triangular and ``V V^T`` the moments it is the inverse of V, and V comes from the Cholesky factor
+    of the moments in reverse order: half the work of inverting first, and no inverse that has to be definite again.
+    """
     try:
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+        factor = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError:
         raise FluteError(
             f"{name}: the second moments of its {len(moments)} inputs cannot be inverted: calibrate with more tokens"
         ) from None
+    _invert_upper(factor)
+    return factor
+
+
+def _invert_upper(matrix: torch.Tensor) -> None:
+    """Inverts an upper triangular matrix in its place, nearly all by matrix products."""
+    half = len(matrix) // 2
+    if half < 64:
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True))
+        return
+    first, second, beside = matrix[:half, :half], matrix[half:, half:], matrix[:half, half:]
+    _invert_upper(first)
+    _invert_upper(second)
+    beside.copy_(first @ beside @ second).neg_()
