@@ -14,7 +14,7 @@ from vllm_flute import FluteError, LutTensor, quantize
 from vllm_flute.codebook import make_codebook
 from vllm_flute.quantization.cluster import cluster
 from vllm_flute.quantization.gptq import DAMPING, gptq
-from vllm_flute.quantization.scale_search import search_scales
+from vllm_flute.quantization.scale_search import search_scales, sorted_search
 
 search = partial(quantize, method="scale-search")
 
@@ -73,13 +73,20 @@ def test_error_of_scale_search_on_gaussian_weights(codebook, bits, group_size):
     assert error < (quantize(weight, bits, group_size, codebook, method="absmax").dequantize() - weight).square().mean()
 
 
+SEARCHES = {
+    "native": lambda groups, table, importance: search_scales(groups, table, importance),
+    "torch": lambda groups, table, importance: sorted_search(groups, table.unique(), importance),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("codebook, bits", NAMED)
-def test_no_scale_is_better(codebook, bits, weighted):
+def test_no_scale_is_better(codebook, bits, weighted, search):
     """Against a fine scan of scales, and against the scales around the one that was found."""
     groups, table = gaussian(40, 16), make_codebook(codebook, bits)
     importance = gaussian(16, seed=1).square() if weighted else None
-    found = search_scales(groups, table, importance)
+    found = SEARCHES[search](groups, table, importance)
     weights = 1.0 if importance is None else importance.double()
     best = error_at(groups, found, table, weights)
     largest = groups.abs().amax(-1) / table[table != 0].abs().amin()
@@ -98,11 +105,12 @@ def small_groups(draw):
     return torch.tensor(group), torch.tensor(table), torch.tensor(importance)
 
 
+@pytest.mark.parametrize("search", SEARCHES)
 @given(small_groups())
 @settings(max_examples=150, deadline=None)
-def test_any_table_against_every_assignment(parts):
+def test_any_table_against_every_assignment(search, parts):
     """All codes of three weights, each with its best scale: nothing is better, also with one-sided tables."""
-    scale = search_scales(parts[0].unsqueeze(0), *parts[1:])
+    scale = SEARCHES[search](parts[0].unsqueeze(0), *parts[1:])
     group, table, importance = (part.double() for part in parts)
     assert scale.shape == (1,) and torch.isfinite(scale).all()
     best = (importance * group.square()).sum()
@@ -113,6 +121,40 @@ def test_any_table_against_every_assignment(parts):
             best = min(best, (importance * group.square()).sum() - a**2 / b)
     error = (importance * (table * scale.double().view(1, 1) - group.unsqueeze(-1)).square().amin(-1)).sum()
     assert error <= best + 1e-4 * (1e-3 + (importance * group.square()).sum())
+
+
+@pytest.mark.parametrize("codebook, bits", [*NAMED, ([0.0, 1.0, 2.0, 3.5], 2), ([-2.0, -0.5, 0.1, 0.2], 2), ([0.5], 2)])
+def test_both_searches_lose_the_same(codebook, bits):
+    """Groups of all sizes and kinds, with an importance for each group and for each of a row's groups."""
+    table = make_codebook(codebook, bits) if isinstance(codebook, str) else torch.tensor(codebook)
+    for size in (8, 16, 64, 128, 520, 4096):
+        kinds = [gaussian(24, size), gaussian(24, size) ** 5, gaussian(24, size).sign(), gaussian(24, size).round()]
+        groups = torch.cat(kinds).view(24, 4, size)
+        groups[0, 0] = 0
+        groups[0, 1, 1:] = 0
+        for importance in (None, gaussian(4, size, seed=1) ** 4, gaussian(96, size, seed=2).view(24, 4, size) ** 2):
+            found = search_scales(groups, table, importance)
+            expected = sorted_search(groups, table.unique(), importance)
+            assert found.shape == (24, 4) and found[0, 0] == 0
+            weights = (
+                1.0
+                if importance is None
+                else importance.double().reshape(-1, size).repeat(96 // (importance.numel() // size), 1)
+            )
+            flat = groups.view(-1, size)
+            lost, least = (error_at(flat, s.view(-1), table, weights) for s in (found, expected))
+            # Both sum up in fp32, in different orders.
+            assert (lost <= least + 1e-5 * (weights * flat.double().square()).sum(-1)).all(), size
+
+
+def test_weights_that_are_not_finite_have_no_scale():
+    groups = gaussian(6, 64)
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        groups[row, row] = value
+    found = search_scales(groups, make_codebook("nf", 4))
+    assert found[:3].isnan().all() and found[3:].isfinite().all()
+    torch.testing.assert_close(found[3:], search_scales(groups[3:], make_codebook("nf", 4)), rtol=0, atol=0)
+    assert search_scales(groups[3:], make_codebook("nf", 4), torch.full((64,), torch.nan)).isnan().all()
 
 
 def test_ternary_scale_by_its_closed_form():

@@ -257,3 +257,8 @@ FLUTE_EXPORT void flute_cpu_set_counters(void* page);
 FLUTE_EXPORT void flute_cpu_set_table(const void* table, int64_t lines);
 // The name of the kernel that a call would run; empty where the header or the dtype is not valid.
 FLUTE_EXPORT const char* flute_cpu_choose(const int64_t* header, int64_t m, int dtype);
+// For each of `count` groups of `size` weights the scale, of either sign, of least squared error with the nearest of `n` levels (at
+// most 16, ascending and distinct). importance: how much each weight's error counts, [period, size], of which group g has row
+// g % period; null: all alike. NaN for a group with values that are not finite. On the calling thread.
+FLUTE_EXPORT void flute_cpu_search_scales(const float* groups, int64_t count, int64_t size, const float* levels, int n,
+                                          const float* importance, int64_t period, float* scales);

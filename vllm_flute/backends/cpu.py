@@ -38,6 +38,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     native.flute_cpu_choose.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     native.flute_cpu_set_counters.argtypes = [ctypes.c_void_p]
     native.flute_cpu_set_table.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    native.flute_cpu_search_scales.restype = None
+    native.flute_cpu_search_scales.argtypes = [pointer, size, size, pointer, ctypes.c_int, pointer, size, pointer]
     counters.subscribe(native.flute_cpu_set_counters)
     return native, ""
 
@@ -77,6 +80,33 @@ def choose(header: torch.Tensor, m: int, dtype: torch.dtype) -> str:
     """The name of the kernel that the dispatcher takes for M tokens of this dtype."""
     code = table.DTYPES[str(dtype).removeprefix("torch.")]
     return _load()[0].flute_cpu_choose(header.data_ptr(), m, code).decode()
+
+
+def search_scales(groups: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor | None:
+    """The scales that `quantization.search_scales` wants, on the calling thread; None where there is no library.
+
+    Args:
+        groups: fp32 ``[count, group_size]``.
+        levels: fp32, the table's at most 16 distinct values, ascending.
+        importance: fp32 ``[period, group_size]``, repeated over the groups, or None.
+
+    Returns fp32 ``[count]``, NaN for groups with values that are not finite.
+    """
+    native, _ = _load()
+    if not native:
+        return None
+    given = [groups, levels] + ([] if importance is None else [importance])
+    if not all(t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu for t in given):
+        raise ValueError("search_scales takes contiguous fp32 tensors on the CPU")
+    count, size = groups.shape
+    if not 1 <= len(levels) <= 16 or (importance is not None and importance.shape[-1:] != (size,)):
+        raise ValueError(f"search_scales takes 1 to 16 levels and an importance of each of {size} weights")
+    scales = torch.empty(count)
+    importances, period = (importance.data_ptr(), len(importance)) if importance is not None else (None, 1)
+    native.flute_cpu_search_scales(
+        groups.data_ptr(), count, size, levels.data_ptr(), len(levels), importances, period, scales.data_ptr()
+    )
+    return scales
 
 
 # ---- the measured table ----

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from ..backends import cpu
+
 
 def _sides(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The table as seen from zero, for negative weights (row 0) and positive ones (row 1), in magnitudes.
@@ -46,16 +48,34 @@ def search_scales(groups: torch.Tensor, codebook: torch.Tensor, importance: torc
         codebook: fp32 ``[2**bits]``, in any order, entries may repeat.
         importance: fp32 of at least 0, broadcast over ``groups``: the second moments of the inputs, or None.
 
-    A group of zeros, or one whose weights all have importance 0, gets scale 0.
+    A group of zeros, or one whose weights all have importance 0, gets scale 0. On a CPU
+    kernels/cpu/scale_search.cpp does the same without sorting most events.
     """
+    levels = codebook.unique()
+    if groups.device.type == "cpu" and groups.numel():
+        flat = None if importance is None else _repeated(importance, groups.shape)
+        found = cpu.search_scales(groups.reshape(-1, groups.shape[-1]).contiguous(), levels, flat)
+        if found is not None:
+            return found.view(groups.shape[:-1])
+    return sorted_search(groups, levels, importance)
+
+
+def _repeated(importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``[period, group_size]``, contiguous: what ``shape`` repeats along its first dimensions."""
+    if importance.shape != shape[len(shape) - importance.dim() :]:
+        importance = importance.expand(shape)
+    return importance.reshape(-1, shape[-1]).contiguous()
+
+
+def sorted_search(groups: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    """`search_scales` in torch, for GPUs and where the CPU's library is not built: every event is sorted."""
     shape = groups.shape
     groups = groups.reshape(-1, shape[-1])
     if importance is not None:
         importance = importance.expand(shape).reshape(groups.shape)
-    scales, gain = _sweep(groups, codebook, importance)
-    levels = codebook.unique()
+    scales, gain = _sweep(groups, levels, importance)
     if not torch.equal(levels, -levels.flip(0)):
-        mirrored, more = _sweep(-groups, codebook, importance)
+        mirrored, more = _sweep(-groups, levels, importance)
         scales = torch.where(more > gain, -mirrored, scales)
     return scales.view(shape[:-1])
 
