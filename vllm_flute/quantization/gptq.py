@@ -71,8 +71,7 @@ def gptq(
         target = weight[part].to(torch.float32).T[order].contiguous()
         index, found = _compensate(target.clone(), factor, importance[order], table, levels, group_size, scale_dtype)
         spread = found.to(torch.float32).repeat_interleave(group_size, 0)
-        for _ in range(_SWEEPS):
-            _descend(target, index, spread, damped, levels)
+        _descend(target, index, spread, damped, levels)
         codes[part, order] = codes_of[index].T
         scales[part, group_order] = found.T
     return LutTensor(pack_codes(codes, bits), scales, table, name=name)
@@ -111,7 +110,7 @@ def _compensate(
 def _descend(
     target: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, levels: torch.Tensor
 ) -> None:
-    """One pass over the columns of ``index [K, R]``: each takes the entry that is best with all others as they are.
+    """Passes over the columns of ``index [K, R]``: each takes the entry that is best with all others as they are.
 
     Args:
         target, scale: fp32 ``[K, R]``, the weights and the scale of each.
@@ -120,17 +119,20 @@ def _descend(
     divisor = torch.where(scale != 0, scale, 1.0)
     quantized = levels[index] * scale
     gradient = moments @ (quantized - target)  # half of the loss's, by each weight
-    for begin in range(0, len(target), _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        before, slope = quantized[block].clone(), gradient[block].clone()
-        for i, j in enumerate(range(begin, begin + len(before))):
-            wanted = quantized[j] - slope[i] / moments[j, j]
-            torch.bucketize(wanted / divisor[j], middle, out=index[j])
-            chosen = levels[index[j]] * scale[j]
-            slope.addr_(moments[block, j], chosen - quantized[j])
-            quantized[j] = chosen
-        later = slice(begin + len(before), None)
-        gradient[later].addmm_(moments[later, block], quantized[block] - before)
+    for sweep in range(_SWEEPS):
+        for begin in range(0, len(target), _BLOCK):
+            end = min(begin + _BLOCK, len(target))
+            block, before = slice(begin, end), quantized[begin:end].clone()
+            slope = gradient[block].clone()
+            for i, j in enumerate(range(begin, end)):
+                wanted = quantized[j] - slope[i] / moments[j, j]
+                torch.bucketize(wanted / divisor[j], middle, out=index[j])
+                chosen = levels[index[j]] * scale[j]
+                slope[i + 1 :].addr_(moments[j + 1 : end, j], chosen - quantized[j])
+                quantized[j] = chosen
+            # In the last pass what lies behind is not looked at again.
+            ahead = slice(end if sweep == _SWEEPS - 1 else 0, None)
+            gradient[ahead].addmm_(moments[ahead, block], quantized[block] - before)
 
 
 def _inverse_factor(moments: torch.Tensor, name: str) -> torch.Tensor:
