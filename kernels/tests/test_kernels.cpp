@@ -279,6 +279,45 @@ void check_conversions() {
   expect(f32_to_f16(0x1.8p-24f) == 2 && f32_to_f16(65519.0f) == 0x7bff && f32_to_f16(65520.0f) == 0x7c00, "fp16 limits");
 }
 
+// Squared error of a group with a scale, by trying all levels.
+double lost(const std::vector<float>& group, const std::vector<float>& levels, const float* importance, double scale) {
+  double sum = 0;
+  for (size_t i = 0; i < group.size(); ++i) {
+    double least = INFINITY;
+    for (const float level : levels) least = std::min(least, (group[i] - scale * level) * (group[i] - scale * level));
+    sum += least * (importance ? importance[i] : 1);
+  }
+  return sum;
+}
+
+// Nothing near the scale that was found, nor any of a scan, is better; values of all magnitudes are safe.
+void check_scales(const std::vector<float>& levels, int64_t size, bool weighted) {
+  const int kinds = 5, period = 3;
+  std::vector<float> groups(kinds * size), importance(period * size), scales(kinds, 7);
+  for (float& v : importance) v = random32() % 8 ? std::fabs(uniform()) : 0;
+  for (int64_t i = 0; i < size; ++i) {
+    groups[0 * size + i] = 0;
+    groups[1 * size + i] = uniform() * uniform() * uniform();
+    groups[2 * size + i] = random32() % 2 ? 1.5f : -1.5f;
+    groups[3 * size + i] = std::ldexp(uniform(), int(random32() % 250) - 125);
+    groups[4 * size + i] = i ? uniform() : NAN;
+  }
+  const float* const given = weighted ? importance.data() : nullptr;
+  flute_cpu_search_scales(groups.data(), kinds, size, levels.data(), int(levels.size()), given, period, scales.data());
+  const std::string what = "scale search, " + std::to_string(levels.size()) + " levels, groups of " + std::to_string(size);
+  expect(scales[0] == 0 && std::isnan(scales[4]) && !std::isnan(scales[3]), what);
+  for (const int g : {1, 2}) {
+    const std::vector<float> group(groups.begin() + g * size, groups.begin() + (g + 1) * size);
+    const float* const counts = weighted ? importance.data() + g % period * size : nullptr;
+    const double best = lost(group, levels, counts, scales[g]), all = lost(group, {0}, counts, 0);
+    for (int i = -2000; i <= 2000; ++i) {
+      for (const double scale : {i * 0.005, scales[g] * (1 + i * 1e-4)}) {
+        expect(best <= lost(group, levels, counts, scale) + 1e-6 * all, what);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -326,6 +365,12 @@ int main() {
   const std::vector<int64_t> trits = {kMagic, kAbi, kTrit20, 2, 64, 64, 0, 1, 16};
   check_refused(trits, kFieldBits, 3);
   check_refused(trits, kFieldGroupSize, 32);
+  for (const std::vector<float>& levels : std::vector<std::vector<float>>{
+           {-1, -0.6f, -0.4f, -0.25f, -0.1f, 0, 0.15f, 0.3f, 0.7f, 1}, {-1, 0, 1}, {-3, -1, 1, 3}, {0, 1, 2.5f}, {-2, -0.5f, 0.25f}, {0.5f}, {0}}) {
+    for (const int64_t size : {1, 2, 7, 64, 200}) {
+      for (const bool weighted : {false, true}) check_scales(levels, size, weighted);
+    }
+  }
   expect(!compared.empty(), "no kernel can run");
   for (const auto& [name, calls] : compared) std::printf("%s: %d calls\n", name.c_str(), calls);
   std::printf(failures ? "%d failures\n" : "all passed\n", failures);
