@@ -31,6 +31,8 @@ from .sensitivity import sample_tokens, sensitivities
 # Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
 # itself (32768 elements), because many small parallel sections crawl on a machine whose cores are busy.
 _CHUNK_WEIGHTS = (1 << 15) - 1
+# Weights multiplied at once with the inputs' second moments, which may be a gigabyte: for each chunk they are read again.
+_PRODUCT_WEIGHTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _output_error(weight: torch.Tensor, t: LutTensor, moments: torch.Tensor) -> 
         return ((part @ moments if moments.dim() == 2 else part * moments) * part).sum().item()
 
     lost = total = 0.0
-    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    rows = max(1, _PRODUCT_WEIGHTS // weight.shape[1])
     for i in range(0, weight.shape[0], rows):
         exact = weight[i : i + rows].to(torch.float32)
         difference = exact - LutTensor(t.qweight[i : i + rows], t.scales[i : i + rows], t.codebook).dequantize()
