@@ -31,7 +31,7 @@ from .sensitivity import sample_tokens, sensitivities
 # Weights compared at once when the error is measured: in cache, and just below what torch would split over threads
 # itself (32768 elements), because many small parallel sections crawl on a machine whose cores are busy.
 _CHUNK_WEIGHTS = (1 << 15) - 1
-# Weights multiplied at once with the inputs' second moments, which may be a gigabyte: for each chunk they are read again.
+# Weights multiplied at once with the second moments, which may be a gigabyte and are read again for each chunk.
 _PRODUCT_WEIGHTS = 1 << 23
 
 
