@@ -155,7 +155,7 @@ def _invert_upper(matrix: torch.Tensor) -> None:
     """Inverts an upper triangular matrix in its place, nearly all by matrix products."""
     half = len(matrix) // 2
     if half < 64:
-        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)), upper=True))
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix), dtype=matrix.dtype), upper=True))
         return
     first, second, beside = matrix[:half, :half], matrix[half:, half:], matrix[:half, half:]
     _invert_upper(first)
