@@ -351,3 +351,15 @@ def test_a_fitted_table_is_better_on_skewed_weights(bits, importance):
 
 def test_a_table_for_weights_of_zero():
     assert quantize(torch.zeros(2, 64), codebook="fitted").dequantize().abs().max() == 0
+
+
+def test_scales_are_fp32_whatever_the_default_dtype():
+    """vLLM quantizes with the model's dtype as torch's default."""
+    groups, table = gaussian(1000, 8), make_codebook("nf", 4)
+    expected, before = search_scales(groups, table), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = search_scales(groups, table)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

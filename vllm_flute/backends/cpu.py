@@ -101,7 +101,7 @@ def search_scales(groups: torch.Tensor, levels: torch.Tensor, importance: torch.
     count, size = groups.shape
     if not 1 <= len(levels) <= 16 or (importance is not None and importance.shape[-1:] != (size,)):
         raise ValueError(f"search_scales takes 1 to 16 levels and an importance of each of {size} weights")
-    scales = groups.new_empty(count)  # not the default dtype, which vLLM changes
+    scales = torch.empty(count, dtype=torch.float32, device="cpu")  # whatever the defaults, which vLLM changes
     importances, period = (importance.data_ptr(), len(importance)) if importance is not None else (None, 1)
     native.flute_cpu_search_scales(
         groups.data_ptr(), count, size, levels.data_ptr(), len(levels), importances, period, scales.data_ptr()
