@@ -373,7 +373,8 @@ def test_a_dry_run_measures_tiny_shapes(tmp_path):
     # The second of two requests may reach a busy engine a step late in one of the two traces, which are 16 steps apart.
     # Times are differences of the two: on a busy machine of either sign.
     steps = launches["flute"] / 9
-    assert steps in (15 / 16, 1, 17 / 16) and math.isfinite(step["groups"]["flute"][0]) and step["step_us"] > 0
+    assert steps in (15 / 16, 1, 17 / 16)
+    assert math.isfinite(step["groups"]["flute"][0]) and math.isfinite(step["step_us"])
     # Of two layers of four linears, and the head.
     assert launches["norms"] == 5 * steps and launches["activation"] == 2 * steps <= launches["attention"]
     assert step["groups"].get("other matrix products", [0, 0])[1] == 0
