@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-_CODE = """
+_QUANTIZE = """
 import json, sys, time
 from vllm_flute.checkpoint import quantize_checkpoint
 from vllm_flute.cli.walk import peak_memory
@@ -42,7 +42,7 @@ print(json.dumps({"before": marks[-1 - len(updates)][1], "update": (updates[-1] 
 
 def quantize_in_child(options: dict) -> dict:
     """`quantize_checkpoint(**options)`: seconds, peak and output bytes, bits a weight, and when each part was done."""
-    return _in_child(_CODE, json.dumps(options))
+    return _in_child(_QUANTIZE, json.dumps(options))
 
 
 def learn_in_child(options: dict, updates: int) -> dict:

@@ -1,17 +1,22 @@
-"""Mean squared errors on unit-variance Gaussian weights: of the methods, and of grids of pairs beside single values.
+"""On unit-variance Gaussian weights: squared errors of the methods, and of grids of pairs beside single values; times.
 
 A grid of pairs stores one code of 2b bits for two weights: a table of 2^(2b) points of the plane (arXiv 2411.17525,
 HIGGS, section 4). Its points are found by the generalized Lloyd algorithm (Y. Linde, A. Buzo, R. M. Gray, "An algorithm
 for vector quantizer design", IEEE Trans. Communications 28(1), 1980).
 """
 
+import statistics
+import time
+
 import torch
 
 from vllm_flute import quantize
-from vllm_flute.codebook import lloyd_max
+from vllm_flute.codebook import lloyd_max, make_codebook
+from vllm_flute.quantization.scale_search import search_scales, sorted_search
 
 _METHODS = (("nf", "absmax"), ("nf", "scale-search"), ("lloyd-max", "scale-search"))
 _SAMPLES, _ROUNDS = 1 << 18, 60
+_GROUPS, _REPEATS = 511, 9  # as many groups of 64 as the quantizer gives the search at once; timings of each
 
 
 def _nearest(points: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,7 @@ def single_grid_error(bits: int) -> float:
 
 
 def gaussian_table() -> None:
-    """The mean squared error on unit-variance Gaussian weights only, which needs no model."""
+    """Errors on unit-variance Gaussian weights and times of scale search only, which needs no model."""
     print("| bits | codebook, method | group 64 | group 128 |\n|---|---|---|---|")
     weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
     for bits in (4, 3, 2):
@@ -63,3 +68,15 @@ def gaussian_table() -> None:
         fall = torch.tensor(single_grid_error(bits) / single_grid_error(bits + 1)).log()
         worth = (torch.tensor(single / pair).log() / fall).item()
         print(f"| {bits} | {single:.5f} | {pair:.5f} | {1 - pair / single:.1%} | {worth:.3f} |", flush=True)
+    print("\n| bits | scale search of a group of 64, us | sorting in torch | ratio |\n|---|---|---|---|")
+    groups = torch.randn(_GROUPS, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (4, 3, 2):
+        table = make_codebook("nf", bits)
+        times = [[], []]
+        for _ in range(_REPEATS):
+            for search, found in zip((search_scales, sorted_search), times, strict=True):
+                begin = time.perf_counter()
+                search(groups, table, None)
+                found.append((time.perf_counter() - begin) / _GROUPS * 1e6)
+        ours, sorting = map(statistics.median, times)
+        print(f"| {bits} | {ours:.1f} | {sorting:.1f} | {sorting / ours:.1f} |", flush=True)

@@ -97,11 +97,11 @@ def measure_layer(name: str, tokenizer: Path, work: Path, methods: dict, tokens:
     """
     layers = MODELS[name][2]
     results = []
-    for label, (options, calibrated) in methods.items():
-        row = {"method": label} | ({"calibration_tokens": tokens} if calibrated else {})
+    for method, (options, calibrated) in methods.items():
+        row = {"method": method} | ({"calibration_tokens": tokens} if calibrated else {})
         if options["method"] == "learned":
             made = _learned(name, tokenizer, work, tokens, calibration)
-            row["label"] = "beside gptq"
+            row["after"] = "gptq"
         else:
             paths = {"src": str(_source(name, tokenizer, work, _LAYERS)), "out": str(work / f"{name}-out")}
             made = quantize_in_child(paths | _options(options, calibrated, tokens, calibration))

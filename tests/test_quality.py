@@ -117,4 +117,4 @@ def test_what_a_large_model_costs(plain, text, tmp_path, monkeypatch, one_thread
     assert [row["method"] for row in found["rows"]] == list(names) and found["threads"] == 1
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 100 << 20 for row in found["rows"])
     learned = found["rows"][-1]
-    assert learned["calibration_tokens"] == 256 and learned["label"] == "beside gptq"
+    assert learned["calibration_tokens"] == 256 and learned["after"] == "gptq"

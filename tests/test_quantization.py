@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_flute import FluteError, LutTensor, quantize
+from vllm_flute.backends import cpu
 from vllm_flute.codebook import make_codebook
+from vllm_flute.quantization import scale_search
 from vllm_flute.quantization.cluster import cluster
-from vllm_flute.quantization.gptq import DAMPING, gptq
+from vllm_flute.quantization.gptq import DAMPING, _inverse_factor, gptq
 from vllm_flute.quantization.scale_search import search_scales, sorted_search
 
 search = partial(quantize, method="scale-search")
@@ -74,19 +76,19 @@ def test_error_of_scale_search_on_gaussian_weights(codebook, bits, group_size):
 
 
 SEARCHES = {
-    "native": lambda groups, table, importance: search_scales(groups, table, importance),
+    "native": search_scales,
     "torch": lambda groups, table, importance: sorted_search(groups, table.unique(), importance),
 }
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("how", SEARCHES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("codebook, bits", NAMED)
-def test_no_scale_is_better(codebook, bits, weighted, search):
+def test_no_scale_is_better(codebook, bits, weighted, how):
     """Against a fine scan of scales, and against the scales around the one that was found."""
     groups, table = gaussian(40, 16), make_codebook(codebook, bits)
     importance = gaussian(16, seed=1).square() if weighted else None
-    found = SEARCHES[search](groups, table, importance)
+    found = SEARCHES[how](groups, table, importance)
     weights = 1.0 if importance is None else importance.double()
     best = error_at(groups, found, table, weights)
     largest = groups.abs().amax(-1) / table[table != 0].abs().amin()
@@ -105,12 +107,12 @@ def small_groups(draw):
     return torch.tensor(group), torch.tensor(table), torch.tensor(importance)
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("how", SEARCHES)
 @given(small_groups())
 @settings(max_examples=150, deadline=None)
-def test_any_table_against_every_assignment(search, parts):
+def test_any_table_against_every_assignment(how, parts):
     """All codes of three weights, each with its best scale: nothing is better, also with one-sided tables."""
-    scale = SEARCHES[search](parts[0].unsqueeze(0), *parts[1:])
+    scale = SEARCHES[how](parts[0].unsqueeze(0), *parts[1:])
     group, table, importance = (part.double() for part in parts)
     assert scale.shape == (1,) and torch.isfinite(scale).all()
     best = (importance * group.square()).sum()
@@ -363,3 +365,23 @@ def test_scales_are_fp32_whatever_the_default_dtype():
     finally:
         torch.set_default_dtype(before)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_without_the_library_scales_are_searched_in_torch_and_a_log_line_says_so(monkeypatch, caplog):
+    groups, table = gaussian(10, 64), make_codebook("nf", 4)
+    monkeypatch.setattr(cpu, "_load", lambda: (None, "it was not built"))
+    scale_search._warn_of_slow_path.cache_clear()
+    found = [search_scales(groups, table) for _ in range(2)]
+    assert torch.equal(found[0], sorted_search(groups, table.unique(), None)) and torch.equal(*found)
+    assert [r.getMessage() for r in caplog.records] == [
+        "slower path: scales are searched by sorting in torch, because it was not built"
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 8, 127, 128, 129, 264, 1000])
+def test_factor_of_an_inverse(size):
+    x = gaussian(2 * size, size)
+    moments = x.T @ x / len(x) + 0.1 * torch.eye(size)
+    factor = _inverse_factor(moments, "weight")
+    assert torch.equal(factor, factor.triu()) and (factor.diagonal() > 0).all()
+    torch.testing.assert_close((factor.T @ factor).double(), moments.double().inverse(), rtol=1e-3, atol=1e-4)

@@ -75,7 +75,7 @@ def quantize(
         scale_dtype: bf16 or fp16; codes are chosen against the rounded scale.
         name: what errors call this weight.
         method: "scale-search" takes the scales of least squared error (see `search_scales`), "absmax" those whose
-            largest table entry meets the group's largest weight, which is ten times as fast.
+            largest table entry meets the group's largest weight, which takes a third of the time.
         importance: fp32 ``[K]``, the second moment of each input, which weights the error of "scale-search".
 
     Raises:

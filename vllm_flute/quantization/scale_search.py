@@ -1,9 +1,14 @@
 """Scale search: for each group the scale, of either sign, of least squared error with the nearest entries, exactly."""
 
+import functools
+import logging
+
 import numpy as np
 import torch
 
 from ..backends import cpu
+
+logger = logging.getLogger(__name__)
 
 
 def _sides(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,7 +62,13 @@ def search_scales(groups: torch.Tensor, codebook: torch.Tensor, importance: torc
         found = cpu.search_scales(groups.reshape(-1, groups.shape[-1]).contiguous(), levels, flat)
         if found is not None:
             return found.view(groups.shape[:-1])
+        _warn_of_slow_path()
     return sorted_search(groups, levels, importance)
+
+
+@functools.cache
+def _warn_of_slow_path() -> None:
+    logger.warning("slower path: scales are searched by sorting in torch, because %s", cpu.load())
 
 
 def _repeated(importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
