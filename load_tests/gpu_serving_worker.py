@@ -23,6 +23,7 @@ PROMPT_TOKENS = 16
 WARM_TOKENS = 8
 TOP = 5
 PROFILED_STEPS = 16
+TRIES = 5
 
 
 def seconds(llm, prompts: list[list[int]], tokens: int) -> float:
@@ -45,15 +46,22 @@ def measure(llm, load: dict, vocabulary: int) -> float:
     """Tokens per second of one round of a load.
 
     Decoding is the difference of a long and a short generation of the same prompts: prefill and everything else
-    that happens once cancels.
-    """
+    that happens once cancels. A difference below zero measured other work on the machine, and is taken again.
 
+    Raises RuntimeError where that does not help.
+    """
     if load["kind"] == "prefill":
         prompts = draw(load["streams"], load["tokens"], vocabulary)
         return load["streams"] * load["tokens"] / seconds(llm, prompts, 1)
     short = draw(load["streams"], PROMPT_TOKENS, vocabulary)
-    once = seconds(llm, short, WARM_TOKENS)
-    return load["streams"] * load["tokens"] / (seconds(llm, short, WARM_TOKENS + load["tokens"]) - once)
+    for _ in range(TRIES):
+        once = seconds(llm, short, WARM_TOKENS)
+        taken = seconds(llm, short, WARM_TOKENS + load["tokens"]) - once
+        if taken > 0:
+            return load["streams"] * load["tokens"] / taken
+    raise RuntimeError(
+        f"{load['name']}: {TRIES} times the longer generation was the faster one: the machine is too busy"
+    )
 
 
 def profile(llm, load: dict, vocabulary: int, rate: float, traces: Path) -> dict:

@@ -57,10 +57,19 @@ FLUTE = ["--quantization", "flute"]
 # Stated bounds on log-probabilities. In float32 kernels differ by the order of a sum only.
 FLOAT32_LOGPROB = 1e-4
 # In bf16 a logit of 16 to 32 is rounded by up to 1/16, and the hidden state before it costs about as much again. So the
-# chosen tokens' log-probabilities differ by no more than that rounding on average, and two candidates are a tie up to
-# the roundings of both in both servers.
+# chosen tokens' log-probabilities differ by no more than that rounding on average.
 BF16_MEAN_LOGPROB = 1 / 16
-BF16_TIE = 4 * (1 / 16 + 1 / 16)
+
+
+def bf16_tie(candidates: list[float]) -> float:
+    """Up to what difference log-probabilities are a tie: the roundings of two of them, in two servers.
+
+    A few of SmolLM2's logits are above 32, where bf16 numbers are 1/4 apart instead of 1/8 and roundings twice as
+    large. ``candidates``: which are all logits less the same number, so that their distances tell.
+    """
+    distances = [max(candidates) - candidate for candidate in candidates]
+    apart = 1 / 4 if all(abs(4 * d - round(4 * d)) < 1e-3 for d in distances) else 1 / 8
+    return 4 * (apart / 2 + apart / 2)
 
 
 class Answers(NamedTuple):
@@ -245,7 +254,8 @@ def test_bf16_compiled_text_up_to_ties(answers):
         chosen = flute.tokens[prompt][parted]
         assert chosen in best, f"{PROMPTS[prompt]!r} parts at {parted} for {chosen!r}, not among {best}"
         gaps.append(max(best.values()) - best[chosen])
-        assert gaps[-1] <= BF16_TIE, (PROMPTS[prompt], parted, chosen, best)
+        tie = bf16_tie([value for value in best.values() if value >= best[chosen]])
+        assert gaps[-1] <= tie, (PROMPTS[prompt], parted, chosen, best)
     same = len(PROMPTS) - len(gaps)
     print(f"{same} of {len(PROMPTS)} texts are the same to the token; the others part at {sorted(gaps)}")
     mean = sum(differences) / len(differences)
