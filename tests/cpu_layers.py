@@ -37,6 +37,8 @@ TRITS = ("reference", "gemv-avx2", "gemv-avx512", "gemv-avx512bf16", "vlut-avx2"
 def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
     if kernel in (*INT16, "gemv-avx512bf16") and group_size % 32 and group_size != k:
         return False
+    if kernel == "sums-amxbf16" and group_size not in (32, 64, 128, k) and group_size % 256:
+        return False
     return kernel not in ROUNDS_WEIGHTS or dtype == torch.bfloat16
 
 

@@ -85,6 +85,20 @@ def test_fp32_takes_exact_arithmetic(bits):
         assert cpu.choose(header, m, torch.float16) not in ROUNDS_WEIGHTS
 
 
+def test_tiles_scale_weights_or_sums():
+    """Sums of a group are scaled for each token, so the larger the group the more tokens that pays for."""
+    if not any(k.name == "sums-amxbf16" and k.available for k in KERNELS):
+        pytest.skip("this CPU has no AMX")
+    for group_size, last in ((32, 47), (64, 95), (256, 383), (512, 383)):
+        _, _, header = make(16, 512, 4, group_size)
+        chosen = [cpu.default_choice(header, m, torch.bfloat16) for m in (1, 2, last, last + 1)]
+        assert chosen == ["gemv-avx512", "sums-amxbf16", "sums-amxbf16", "tile-amxbf16"], group_size
+    for group_size in (16, 96):
+        _, _, header = make(16, 288, 4, group_size)
+        chosen = [cpu.default_choice(header, m, torch.bfloat16) for m in (7, 8)]
+        assert chosen == ["gemv-avx512", "tile-amxbf16"], group_size
+
+
 @pytest.mark.parametrize("activations", ["", "16", "int8"])
 def test_int8_only_where_it_is_asked_for(activations):
     described, _, _, chosen = with_isa("", activations)

@@ -57,6 +57,7 @@ def test_every_number_of_tokens(kernel, m):
     for dtype in DTYPES:
         if takes(kernel, dtype, 64, 192):
             run_and_check(kernel, 40, 192, 4, 64, m, dtype, bias=m % 2 == 0)
+        if takes(kernel, dtype, 96, 192):
             run_and_check(kernel, 40, 192, 3, 96, m, dtype)
 
 

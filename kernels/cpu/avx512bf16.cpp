@@ -8,49 +8,21 @@ namespace {
 #include "vec_avx512.inc.h"
 #include "decode.inc.h"
 #include "math_f32.inc.h"
+#include "pairs_bf16.inc.h"
 
-struct MathBf16 {
+struct MathBf16 : BookPairs {
   using X = uint16_t;
   using Weight = __m512bh;
   static constexpr int kStep = 2, kDepth = 256;  // as in math_f32.inc.h
 
-  // vpermw reads five index bits: the codebook is there twice. No code crosses a 16-bit half of a word, so one shift
-  // and one permute give two codes of each row, one from each half; `arrange` pairs inputs in the same way.
-  template <int BITS>
-  using Table = __m512i;
-  template <int BITS>
-  INLINE static Table<BITS> load_table(const float* book) {
-    const F16 values = load(book);
-    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
-  }
-  template <int BITS, int I>
-  INLINE static Weight weight(const Table<BITS>& table, const Words<BITS>& words) {
-    constexpr int kPerHalf = 16 / BITS;
-    I16 codes = words.word[I / kPerHalf];  // for 3 bits the last pair is alone in word 3
-    if constexpr (I % kPerHalf != 0) codes = _mm512_srli_epi16(codes, I % kPerHalf * BITS);
-    return (__m512bh)_mm512_permutexvar_epi16(codes, table);
-  }
   static void arrange(X* to, const void* from, int64_t i, int count, Dtype, int bits) {
-    const __m512i in = _mm512_maskz_loadu_epi16(uint32_t((uint64_t(1) << count) - 1), static_cast<const X*>(from) + i);
-    const int per_half = 16 / bits;
-    uint16_t order[kChunk];
-    for (int step = 0; step < kChunk / 2; ++step) {
-      const int low = step / per_half * 2 * per_half + step % per_half;
-      order[2 * step] = uint16_t(low);
-      order[2 * step + 1] = uint16_t(bits == 3 && step == 15 ? 31 : low + per_half);
-    }
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), in));
+    BookPairs::arrange(to, kChunk, static_cast<const X*>(from) + i, count, bits);
   }
 
   INLINE static void convert(X* to, const void* from, int64_t i, int count, Dtype) {
     memcpy(to, static_cast<const X*>(from) + i, size_t(count) * sizeof(X));
   }
-  INLINE static void put(float* to, int, F16 even, F16 odd) {
-    // The conversion leaves 16 even weights, then 16 odd ones; the product wants pairs.
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
-  }
+  INLINE static void put(float* to, int, F16 even, F16 odd) { _mm512_storeu_si512(to, round_pairs(even, odd)); }
   INLINE static Weight get(const float* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
   INLINE static F16 multiply_add(F16 sum, Weight w, const X* x) {

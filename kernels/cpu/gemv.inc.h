@@ -6,17 +6,9 @@
 //
 // Included inside a translation unit's own namespace, after a Math.
 
-// Bytes ahead of the codes: far for the second-level cache, which waits for memory, and near for the first. Measured: one
-// of them alone reads 2-bit weights at 83% of what both do.
-constexpr int kPrefetchFar = 16384, kPrefetch = 1024;
 constexpr int kPrefetchGroups = 16;            // groups ahead of the scales, a stream too slow for the hardware to follow
 constexpr int64_t kGemvTokens = 64;            // tokens that share one stream of the weights
 constexpr int64_t kBytesPerWorker = 16 << 10;  // packed bytes that are worth another thread
-
-INLINE void prefetch_codes(const void* codes) {
-  __builtin_prefetch(static_cast<const char*>(codes) + kPrefetchFar, 0, 2);
-  __builtin_prefetch(static_cast<const char*>(codes) + kPrefetch);
-}
 
 // sums[M][16] of one tile for M tokens; x are arranged inputs with rows of `stride`, zero up to a multiple of 32.
 // BY_CHUNK: groups_of_chunks. Otherwise groups end at any multiple of 8 inputs, which takes a Math of single inputs.

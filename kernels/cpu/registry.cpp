@@ -171,19 +171,23 @@ int64_t table_lines = 0;
 // are crossings measured with `vllm-flute bench kernels` on Zen 4: for few tokens reading weights is what costs, and gemv
 // reads them best; for more, vector LUT gives most operations a cycle where a table's row serves several weights, and
 // decoded blocks where it does not: 4 bits beside bf16 multiply-adds. Those of AMX are measured on a Xeon that has it
-// (docs/speed.md): its bf16 multiply-adds outside tiles are slower than fp32's. Those of NEON are reckoned, not measured.
+// (docs/speed.md): its bf16 multiply-adds outside tiles are slower than fp32's; decoding to scaled weights costs once what
+// scaling a group's sums costs for each token. Those of NEON are reckoned, not measured.
 constexpr int64_t kMany = INT64_MAX;
 constexpr struct {
   const char* name;
   int64_t below[4];  // tokens, for ternary weights and 2, 3, 4 bits
-  Isa least = kScalar;  // only where so much may be used
+  Isa least = kScalar;     // only where so much may be used
+  bool per_chunk = false;  // tokens for every chunk of a group, or of 256 inputs where that is less
 } kPreference[] = {
     // Only where VLLM_FLUTE_ACTIVATIONS asks for int8.
     {"dot8-avx512vnni", {9, 12, 12, 14}},
     {"tile-amxint8", {kMany, kMany, kMany, kMany}},
     {"dot8-avx512vnni", {kMany, kMany, kMany, kMany}},
 
-    {"gemv-avx512", {6, 6, 7, 8}, kAmx},
+    {"gemv-avx512", {2, 2, 2, 2}, kAmx},
+    {"sums-amxbf16", {48, 48, 48, 48}, kAmx, true},
+    {"gemv-avx512", {6, 6, 7, 8}, kAmx},  // groups of less than a chunk
     {"tile-amxbf16", {kMany, kMany, kMany, kMany}},
     {"gemv-avx512bf16", {10, 24, 64, 65}},
     {"tile-avx512bf16", {0, 0, 0, kMany}},
@@ -245,7 +249,8 @@ const Kernel& choose(const Weights& w, int64_t m, Dtype dtype, const std::string
     }
     for (const auto& preferred : kPreference) {
       kernel = r.find(preferred.name);
-      if (kernel && r.used >= preferred.least && m < preferred.below[bits - 1] && r.may_take(*kernel, w, dtype)) break;
+      const int64_t times = preferred.per_chunk ? (w.group_size < 256 ? w.group_size : 256) / kChunk : 1;
+      if (kernel && r.used >= preferred.least && m < preferred.below[bits - 1] * times && r.may_take(*kernel, w, dtype)) break;
     }
   }
   std::string why = !kernel ? "there is no such kernel" : r.lacks(*kernel);

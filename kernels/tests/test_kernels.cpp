@@ -335,6 +335,8 @@ int main() {
                                              {bits, 96, 48, {5, 16, 20}, scale_dtype},
                                              {bits, 320, 32, {33}, scale_dtype},
                                              {bits, 576, 64, {40}, scale_dtype},
+                                             {bits, 640, 128, {24}, scale_dtype},
+                                             {bits, 1536, 512, {18}, scale_dtype},
                                              {bits, 264, 88, {19}, scale_dtype},
                                              {bits, 264, 264, {1030}, scale_dtype}}) {
         check_case(c);
