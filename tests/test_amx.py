@@ -39,10 +39,15 @@ def test_amx_kernels_emulated(program):
     lines = run(program).splitlines()
     described = json.loads(lines[0])
     assert described["isa"] == "amx" and lines[-1] == "all passed"
-    assert {k["name"] for k in described["kernels"] if k["available"]} == {"tile-amxbf16", "sums-amxbf16", "tile-amxint8", "reference"}
+    assert {k["name"] for k in described["kernels"] if k["available"]} == {
+        "tile-amxbf16",
+        "sums-amxbf16",
+        "tile-amxint8",
+        "reference",
+    }
     calls = {name: int(count.split()[0]) for name, count in (line.split(": ") for line in lines[1:-1])}
-    # int8 refuses only layout trit20, which the reference takes too; bf16 takes one of the three dtypes; sums of groups some
-    # group sizes.
+    # int8 refuses only layout trit20, which the reference takes too; bf16 takes one of the three dtypes; sums of groups
+    # only some group sizes.
     assert 1000 < calls["tile-amxint8"] < calls["reference"] and calls["tile-amxbf16"] * 3 == calls["tile-amxint8"]
     assert 300 < calls["sums-amxbf16"] < calls["tile-amxbf16"]
 
