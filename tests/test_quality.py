@@ -1,6 +1,7 @@
 """The measuring command for quality: rows, what a second run does, its page, and what it gives llama.cpp."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -115,6 +116,19 @@ def test_what_a_large_model_costs(plain, text, tmp_path, monkeypatch, one_thread
     methods = {name: quality.METHODS[name] for name in names}
     found = quality_layer.measure_layer("small", plain, tmp_path, methods, 256, text)
     assert [row["method"] for row in found["rows"]] == list(names) and found["threads"] == 1
-    assert all(row["seconds"] > 0 and row["peak_bytes"] > 100 << 20 for row in found["rows"])
-    learned = found["rows"][-1]
+    assert all(row["peak_bytes"] > 100 << 20 for row in found["rows"])
+    *others, learned = found["rows"]
+    assert all(row["seconds"] > 0 for row in others)
+    # A difference of two runs, which for layers this small is of either sign on a busy machine.
+    assert math.isfinite(learned["seconds"])
     assert learned["calibration_tokens"] == 256 and learned["after"] == "gptq"
+
+    costs = {
+        1: {"before": 10.0, "update": 1.0, "peak_bytes": 200},
+        2: {"before": 13.0, "update": 1.5, "peak_bytes": 250},
+    }
+    counts = iter(costs)
+    monkeypatch.setattr(quality_layer, "learn_in_child", lambda options, updates: costs[next(counts)])
+    methods = {"fitted, learned": methods["fitted, learned"]}
+    (learned,) = quality_layer.measure_layer("small", plain, tmp_path, methods, 256, text)["rows"]
+    assert learned["seconds"] == 10 + 4 * 3 + quality_layer.UPDATES * (1 + 4 * 0.5) and learned["peak_bytes"] == 400
