@@ -187,7 +187,7 @@ constexpr struct {
 
     {"gemv-avx512", {2, 2, 2, 2}, kAmx},
     {"sums-amxbf16", {48, 48, 48, 48}, kAmx, true},
-    {"gemv-avx512", {6, 6, 7, 8}, kAmx},  // groups of less than a chunk
+    {"gemv-avx512", {6, 6, 7, 8}, kAmx},  // groups that sums-amxbf16 does not take
     {"tile-amxbf16", {kMany, kMany, kMany, kMany}},
     {"gemv-avx512bf16", {10, 24, 64, 65}},
     {"tile-avx512bf16", {0, 0, 0, kMany}},
