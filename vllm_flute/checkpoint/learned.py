@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from ..errors import FluteError
 from ..format import PARTS, LutTensor
@@ -13,6 +14,7 @@ from .calibrate import layer_weights
 from .config import HEAD
 from .llama import DTYPE, LlamaBlock
 from .output import Output, write_tensors
+from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import Progress
 
@@ -56,11 +58,11 @@ class _Head:
         total, gradient = 0.0, torch.empty_like(x)
         for i in range(0, len(x), _ROWS):
             part = slice(i, i + _ROWS)
-            own = (x[part].detach() @ self.quantized.T).float().log_softmax(-1)
-            plain = (wanted[part] @ self.plain.T).float().log_softmax(-1)
+            own = F.linear(x[part].detach(), self.quantized).log_softmax(-1, torch.float32)
+            plain = F.linear(wanted[part], self.plain).log_softmax(-1, torch.float32)
             share = plain.exp()
-            total += (share * (plain - own)).sum().item()
-            gradient[part] = (own.exp() - share).to(DTYPE) @ self.quantized
+            total += plain.sub_(own).mul_(share).sum().item()
+            gradient[part] = F.linear(own.exp_().sub_(share).to(DTYPE), self.quantized.T)
         return total / len(x), torch.autograd.grad(x, hidden, gradient / len(x))[0]
 
 
@@ -161,6 +163,7 @@ def _linears(written: Output, prefix: str) -> dict[str, LutTensor]:
     }
 
 
+@fast_products()
 @torch.no_grad()
 def learn_scales(
     source: Checkpoint, written: Output, tokens: torch.Tensor, progress: Progress | None = None
@@ -189,7 +192,7 @@ def learn_scales(
     config = AutoConfig.from_pretrained(source.path)
     block = LlamaBlock(config, tokens.shape[1])
     embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
-    target = list(torch.nn.functional.embedding(tokens, embedding))
+    target = list(F.embedding(tokens, embedding))
     layers = []
     for index in range(config.num_hidden_layers):
         plain = layer_weights(source, index)
@@ -210,7 +213,7 @@ def learn_scales(
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:UPDATES].tolist()
     while optimizer.step < UPDATES:
         sequence = order[optimizer.step]
-        inputs = [torch.nn.functional.embedding(tokens[sequence], embedding)]
+        inputs = [F.embedding(tokens[sequence], embedding)]
         for layer in layers:
             inputs.append(layer.forward(block, inputs[-1]))
         loss, gradient = output.divergence(inputs.pop(), target[sequence])

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import torch
+from torch.nn import functional as F
 
 from ..codebook import BITS
 from ..errors import FluteError
+from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import Progress
 
@@ -81,14 +83,15 @@ class _Model:
             gradient = torch.empty_like(normed)
             with torch.no_grad():
                 for i in range(0, normed.shape[1], _ROWS):
-                    share = (normed[0, i : i + _ROWS] @ head.T).float().softmax(-1)
+                    share = F.linear(normed[0, i : i + _ROWS], head).float().softmax(-1)
                     drawn = torch.multinomial(share, 1, generator=generator)
                     share.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
-                    gradient[0, i : i + _ROWS] = share.to(_DTYPE) @ head
+                    gradient[0, i : i + _ROWS] = F.linear(share.to(_DTYPE), head.T)
             result.append(torch.autograd.grad(normed, one, gradient)[0])
         return result
 
 
+@fast_products()
 def sensitivities(
     source: Checkpoint,
     tokens: torch.Tensor,
@@ -115,7 +118,7 @@ def sensitivities(
     model = _Model(source, tokens.shape[1])
     layers = model.config.num_hidden_layers
     embedding = source.tensor("model.embed_tokens.weight")
-    inputs = [torch.nn.functional.embedding(tokens, embedding).to(_DTYPE)]
+    inputs = [F.embedding(tokens, embedding).to(_DTYPE)]
     with torch.no_grad():
         for layer in range(layers):
             model.load(layer)
@@ -160,5 +163,5 @@ def _losses(
     losses = {}
     for bits in BITS:
         change = (quantizer(weight, moments, bits, name) - weight.float()).to(_DTYPE)
-        losses[bits] = ((x @ change.T).float() * g.float()).sum(-1).square().mean().item() / 2
+        losses[bits] = (F.linear(x, change).float() * g.float()).sum(-1).square().mean().item() / 2
     return losses

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, check_checkpoint
+from ..checkpoint.products import fast_products
 from ..checkpoint.quantize import dequantized
 from ..errors import FluteError
 from .perplexity import Score
@@ -55,7 +56,9 @@ class OfflineModel:
         """For each window the logits ``[new, vocabulary]`` that predict its last ``new`` tokens."""
         for ids, new in windows:
             # A token is predicted at the position before it.
-            yield self.model(torch.tensor([ids]), logits_to_keep=new + 1).logits[0, :-1]
+            with fast_products():
+                found = self.model(torch.tensor([ids]), logits_to_keep=new + 1).logits[0, :-1]
+            yield found
 
 
 def keep_logits(model: OfflineModel, windows: Windows, path: Path) -> list[torch.Tensor]:
