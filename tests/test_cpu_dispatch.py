@@ -8,7 +8,19 @@ import sys
 
 import pytest
 import torch
-from cpu_layers import DTYPES, GROUPS, INT8, INT16, KERNELS, ROUNDS_WEIGHTS, TRITS, each_kernel, make, need
+from cpu_layers import (
+    DTYPES,
+    GROUPS,
+    INT8,
+    INT16,
+    INT16_PRODUCTS,
+    KERNELS,
+    ROUNDS_WEIGHTS,
+    TRITS,
+    each_kernel,
+    make,
+    need,
+)
 
 from vllm_flute import counters, ops
 from vllm_flute.backends import cpu
@@ -81,7 +93,7 @@ def test_default_kernel_on_every_layer():
 def test_fp32_takes_exact_arithmetic(bits):
     _, _, header = make(16, 64, bits, 64)
     for m in (1, 8, 64, 1000):
-        assert cpu.choose(header, m, torch.float32) not in ROUNDS_WEIGHTS + INT16
+        assert cpu.choose(header, m, torch.float32) not in ROUNDS_WEIGHTS + INT16 + INT16_PRODUCTS
         assert cpu.choose(header, m, torch.float16) not in ROUNDS_WEIGHTS
 
 

@@ -160,12 +160,48 @@ def test_sums_do_not_wrap(kernel, bits, k):
             continue
         packed, header = pack_as(layout, [t])
         for dtype in DTYPES:
-            if takes(kernel, dtype, k, k):
-                y = ops.lut_linear_op(x.to(dtype), packed, header, None, 32, kernel)
-                check(y, x.to(dtype), [t], None, kernel, layout == TRIT20)
+            if not takes(kernel, dtype, k, k):
+                continue
+            for some in (x, x[:1], x[3:4], x[1:4]):  # few tokens and many may take different paths
+                y = ops.lut_linear_op(some.to(dtype), packed, header, None, 32, kernel)
+                check(y, some.to(dtype), [t], None, kernel, layout == TRIT20)
 
 
-@pytest.mark.parametrize("kernel", [k.name for k in KERNELS if k.arithmetic in ("int16", "int8")])
+# Evenly spaced values, which some kernels count instead of looking them up: about zero, beside it, all the same.
+EVEN = {
+    "ternary": [(-1, 0, 1, 1), (-0.5, 0, 0.5, 0.5), (0.0625, 0.3125, 0.5625, 0.5625), (1, 1, 1, 1), (3, 1, -1, -1)],
+    "2 bits": [(-2, -1, 0, 1), (-1.5, -0.5, 0.5, 1.5), (0.0625, 0.3125, 0.5625, 0.8125), (1, 0, -1, -2)],
+    "one of them uneven": [(-2, -1, 0, 1), (-1, -0.25, 0.25, 1)],
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("group_size", [32, 96, 512])
+@pytest.mark.parametrize("books", EVEN.values(), ids=EVEN)
+def test_evenly_spaced_codebooks(kernel, books, group_size):
+    need(kernel)
+    g = torch.Generator().manual_seed(group_size)
+    k = 96 if group_size == 96 else 512
+    ternary = all(book[2] == book[3] for book in books)
+    parts = [
+        LutTensor.from_codes(
+            torch.randint(4, (20, k), generator=g, dtype=torch.uint8),
+            (torch.rand(20, k // group_size, generator=g) + 0.5).bfloat16(),
+            torch.tensor(book, dtype=torch.float32),
+        )
+        for book in books
+    ]
+    packed, header = pack_as(TERNARY16 if ternary else TILE16, parts)
+    n = 20 * len(books)
+    for dtype in DTYPES:
+        if not takes(kernel, dtype, group_size, k):
+            continue
+        for m in (1, 2, 3, 4, 5, 9):
+            x = torch.randn(m, k, generator=g).to(dtype)
+            check(ops.lut_linear_op(x, packed, header, None, n, kernel), x, parts, None, kernel)
+
+
+@pytest.mark.parametrize("kernel", [k.name for k in KERNELS if k.arithmetic.startswith("int")])
 def test_what_is_not_a_number_stays_so(kernel):
     """Inputs that become integers: NaN and infinity must not turn into plausible values, nor reach other tokens."""
     need(kernel)

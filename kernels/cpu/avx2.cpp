@@ -14,6 +14,7 @@ namespace {
 constexpr int kMaxLanes = 16;
 using LanesMax = Lanes16;
 #include "vlut.inc.h"
+#include "dot16.inc.h"
 
 const char* refuses_nothing(const Weights&, Dtype) { return nullptr; }
 
@@ -23,6 +24,7 @@ const Kernel kAvx2Kernels[] = {
     {"gemv-avx2", kAvx2, kFp32, 1, refuses_nothing, gemv_passes, gemv_or_trit_run<MathF32, TritsF32>, true},
     {"tile-avx2", kAvx2, kFp32, 2, refuses_nothing, tile_passes<MathF32>, tile_run<MathF32>},
     {"vlut-avx2", kAvx2, kInt16, 7, vlut_refuses, vlut_passes, vlut_run, true},
+    {"dot16-avx2", kAvx2, kInt16Products, 16, dot16_refuses, dot16_passes, dot16_run},
     {},
 };
 

@@ -9,32 +9,7 @@
 // Included inside a translation unit's own namespace, after decode.inc.h; AVX-512 F, BW, DQ and VL.
 
 constexpr int64_t kBlock = 256;    // a sum of kBlock products of at most 127 * 127 is below 2^22: exact in fp32 too
-constexpr int kChunkVectors = 8;   // of 16 rows by 4 inputs, in a chunk of 32
-
-// Where a block lies. The last chunk of one may be the first of the next.
-struct Block {
-  int64_t begin = 0, end = 0, group = 0;
-  INLINE bool next(const Weights& w) {
-    if (end == w.k) return false;
-    begin = end;
-    group = begin / w.group_size;
-    const int64_t left = (group + 1) * w.group_size - begin;
-    end = begin + (left < kBlock ? left : kBlock);
-    return true;
-  }
-  INLINE int64_t first_chunk() const { return begin / kChunk; }
-  INLINE int64_t chunks() const { return (end - 1) / kChunk - begin / kChunk + 1; }
-};
-
-// The input of a chunk whose code is byte B of vector V (of four-byte lanes, one a row), as codes_of leaves them.
-constexpr int input_of(int bits, int v, int b) {
-  if (bits == 4) return v / 2 * 8 + b * 2 + v % 2;
-  if (bits == 2) return v / 4 * 16 + b * 4 + v % 4;
-  const int half = b / 2 * 5;
-  if (v < 6) return v / 2 * 10 + half + v % 2 + b % 2 * 3;
-  if (v == 6) return b % 2 * 10 + half + 2;
-  return b % 2 ? 30 + b / 2 : 20 + half + 2;
-}
+#include "code_bytes.inc.h"
 
 // Four codes of each row as bytes. Three-bit codes have five to a 16-bit half: the first two go to its low byte by one
 // shift and the last two to its high byte by another; the middle ones of all words, and codes 30 and 31, make two more.

@@ -17,7 +17,7 @@ namespace flute {
 namespace {
 
 constexpr const char* kIsaNames[kIsas] = {"scalar", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
-constexpr const char* kArithmeticNames[kArithmetics] = {"fp32", "bf16 weights", "int16", "int8"};
+constexpr const char* kArithmeticNames[kArithmetics] = {"fp32", "bf16 weights", "int16", "int16 products", "int8"};
 
 // Whether this kind of CPU can have the instruction set at all.
 constexpr bool of_this_architecture(int isa) {
@@ -197,6 +197,7 @@ constexpr struct {
     {"gemv-avx512", {65, 65, 65, 65}},
     {"tile-avx512", {kMany, kMany, kMany, kMany}},
 
+    {"dot16-avx2", {6, 9, 13, kMany}},
     {"gemv-avx2", {5, 6, 8, 8}},
     {"vlut-avx2", {kMany, kMany, kMany, kMany}},
     {"gemv-avx2", {9, 9, 9, 9}},

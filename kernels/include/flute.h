@@ -144,8 +144,9 @@ struct Call {
 enum Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kIsas };  // each includes those of its CPU before it
 
 // What a kernel multiplies, which sets its error: fp32 sums of exact products; weights rounded to bf16, with fp32 sums;
-// inputs and weights as integers of 16 or 8 bits with a scale for each token and block of inputs.
-enum Arithmetic { kFp32, kBf16Weights, kInt16, kInt8, kArithmetics };
+// with a step for each token and block of inputs, 16-bit sums of rounded products, or exact sums of products of integers
+// of 16 or 8 bits.
+enum Arithmetic { kFp32, kBf16Weights, kInt16, kInt16Products, kInt8, kArithmetics };
 
 struct Kernel {
   const char* name;

@@ -58,6 +58,25 @@ double int16_error(const Weights& w, const double* x, const float* largest) {
   return error;
 }
 
+// Inputs as whole multiples of a step for each block of up to 128 in a group, weights of 1/16383 of what is the largest in the
+// codebook, times the group's scale (dot16.inc.h): |xw - x'w'| <= |w| dx + |x| dw + dx dw with half steps dx and dw. In fp32 a
+// step and its reciprocal are off by 2^-20 at most.
+double int16_products_error(const Weights& w, const double* x, const float* weight, const float* largest) {
+  double error = 0;
+  for (int64_t begin = 0, end; begin < w.k; begin = end) {
+    const int64_t group = begin / w.group_size;
+    end = std::min(begin + 128, (group + 1) * w.group_size);
+    double top = 0, sum = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      top = std::max(top, std::fabs(x[k]));
+      sum += std::fabs(x[k]);
+    }
+    const double dx = std::max(sum / (131072 - 64), top / 32639) / 2 * (1 + 0x1p-20), dw = largest[group] / 32766.0 * (1 + 0x1p-20);
+    for (int64_t k = begin; k < end; ++k) error += std::fabs(weight[k]) * dx + std::fabs(x[k]) * dw + dx * dw;
+  }
+  return error;
+}
+
 // Inputs and weights as whole multiples of a step each, 1/127 of the largest magnitude of a block of inputs (up to 256 in a
 // group) and of what the group's weights could be (int8.inc.h): |xw - x'w'| <= |w| dx + |x| dw + dx dw with half steps dx
 // and dw. In fp32 the step, its reciprocal and the quotient round by 2^-24 each: a half step is 1 + 2^-14 as long.
@@ -122,6 +141,7 @@ void check_call(const Weights& w, const std::vector<float>& weight, const std::v
       double bound[kArithmetics] = {};
       if (used[kBf16Weights]) bound[kBf16Weights] = magnitude * 0x1p-8;
       if (used[kInt16]) bound[kInt16] = int16_error(w, in, top);
+      if (used[kInt16Products]) bound[kInt16Products] = int16_products_error(w, in, row, top) * (1 + (double(w.k) + 8) * 0x1p-24);
       if (used[kInt8]) bound[kInt8] = int8_error(w, in, row, top) * (1 + (double(w.k) + 8) * 0x1p-24);  // the fp32 operations also sum what is in error
       for (double& b : bound) {
         b += magnitude * (double(w.k) + 8) * 0x1p-24;

@@ -2,8 +2,8 @@
 
 Each function takes a weight, fp32 ``[N, K]``, and a group size, prepares it once, and returns (bytes of the prepared
 weight, build): ``build()`` makes one more copy and returns ``x bf16 [M, K] -> [M, N]``. The forms are those of
-vllm/model_executor/kernels/linear/{mixed_precision,scaled_mm}/cpu.py and layers/utils.py of vLLM 0.32. All of them also
-run on CPUs without AMX; vLLM itself takes W4A8 only where there is AMX.
+vllm/model_executor/kernels/linear/{mixed_precision,scaled_mm}/cpu.py and layers/utils.py of vLLM 0.32. All of them
+raise RuntimeError where the build for this CPU has no such operator. vLLM itself takes W4A8 only where there is AMX.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,14 @@ def _uint4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.T
     return codes.flatten(1).t().contiguous(), scales.t().contiguous().bfloat16()
 
 
+def _require(name: str) -> None:
+    """Raises RuntimeError where vLLM's build for this CPU lacks an operator: the one for AVX2 has fewer."""
+    if not hasattr(torch.ops._C, name):
+        raise RuntimeError(f"vLLM's operators for this CPU have no {name}")
+
+
 def w4a16(weight: torch.Tensor, group_size: int) -> Prepared:
+    _require("cpu_gemm_wna16")
     codes, scales = _uint4(weight, group_size)
     k = weight.shape[1]
     packed = pack_quantized_values_into_int32(codes, scalar_types.uint4b8, 1)
@@ -73,6 +80,7 @@ def w4a16(weight: torch.Tensor, group_size: int) -> Prepared:
 
 
 def w4a8(weight: torch.Tensor, group_size: int) -> Prepared:
+    _require("int4_scaled_mm_cpu")
     codes, scales = _uint4(weight, group_size)
     codes = codes.unflatten(1, (-1, 8))[:, :, _AWQ_ORDER].flatten(1)
     packed = pack_quantized_values_into_int32(codes, scalar_types.uint4, 1).contiguous()
