@@ -58,11 +58,15 @@ INLINE __m256i indices_of(const uint32_t* codes) {
   if constexpr (BITS == 4) return pick(0x0f0f0f0f, V % 2 ? _mm256_srli_epi32(word(V / 2), 4) : word(V / 2));
   else if constexpr (BITS == 2) return pick(0x0f0f0f0f, V % 4 < 2 ? word(V / 4) : _mm256_srli_epi32(word(V / 4), 4));
   else {
+    // The first two of a half's five codes come to its lower byte by one shift, the last two to the upper by another.
+    const auto bytes = [&](__m256i lower, __m256i upper) __attribute__((always_inline)) {
+      return pick(0x07070707, _mm256_blendv_epi8(lower, upper, _mm256_set1_epi16(-256)));
+    };
     if constexpr (V < 6) {
       const __m256i w = word(V / 2);
-      return _mm256_or_si256(pick(0x00070007, _mm256_srli_epi32(w, V % 2 * 3)), pick(0x07000700, _mm256_srli_epi32(w, V % 2 * 3 + 1)));
+      return bytes(V % 2 ? _mm256_srli_epi32(w, 3) : w, _mm256_srli_epi32(w, V % 2 * 3 + 1));
     } else if constexpr (V == 6) {
-      return _mm256_or_si256(pick(0x00070007, _mm256_srli_epi32(word(0), 6)), pick(0x07000700, _mm256_slli_epi32(word(1), 2)));
+      return bytes(_mm256_srli_epi32(word(0), 6), _mm256_slli_epi32(word(1), 2));
     } else {
       const __m256i low = pick(0x00070007, _mm256_srli_epi32(word(2), 6)), first = pick(0x01000100, _mm256_srli_epi32(word(0), 7));
       const __m256i second = pick(0x02000200, _mm256_srli_epi32(word(1), 6)), third = pick(0x04000400, _mm256_srli_epi32(word(2), 5));
