@@ -432,3 +432,4 @@ def test_doctor(cli):
     assert set(device["choices"]) == {"ternary", "2", "3", "4"} and "table" in device
     code, text, _ = cli("doctor")
     assert code == 0 and "ternary" in text and (device["table"] or "analytic default") in text.replace("\n", "")
+    assert ("no units" in text) != found["cpu"]["bf16_products"]

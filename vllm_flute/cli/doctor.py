@@ -21,8 +21,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu() -> dict:
-    """Model and features from /proc/cpuinfo (x86 calls them flags, Arm Features)."""
+    """Model and features from /proc/cpuinfo (x86 calls them flags, Arm Features), and what torch makes of them."""
     from ..backends.table import cpu_model
+    from ..checkpoint.products import has_bf16_products
 
     path = Path("/proc/cpuinfo")
     fields = dict(
@@ -34,6 +35,7 @@ def _cpu() -> dict:
     return {
         "model": cpu_model(),
         "features": sorted(flags & _FEATURES),
+        "bf16_products": has_bf16_products(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -111,6 +113,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     facts.add_row("vLLM plugin", found["plugin"] or "not installed: pip install vllm-flute in vLLM's environment")
     facts.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, {size(cpu['memory_bytes'])}")
     facts.add_row("CPU features", " ".join(cpu["features"]) or "none of those that kernels use")
+    if not cpu["bf16_products"]:
+        facts.add_row("bf16 on this CPU", "no units: plain layers are slow with many tokens; quantize --lm-head too")
     facts.add_row("GPU", found["gpu"] or "none that torch can use")
     facts.add_row("CUDA kernels", found["cuda_library"])
     facts.add_row("VLLM_FLUTE_ISA", forced or "not set: the best instruction set is used")
