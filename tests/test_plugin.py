@@ -20,6 +20,7 @@ from vllm_flute.backends import triton
 from vllm_flute.checkpoint import LutConfig
 from vllm_flute.layout import ROWS, Layout
 from vllm_flute.ops import lut_linear_op
+from vllm_flute.vllm_plugin import config as config_module
 from vllm_flute.vllm_plugin.config import FluteConfig
 from vllm_flute.vllm_plugin.linear import FluteLinearMethod
 
@@ -193,6 +194,19 @@ def test_ignored_layers_stay_unquantized():
         assert isinstance(config.get_quant_method(linear, name), vllm_linear.UnquantizedLinearMethod)
     assert isinstance(config.get_quant_method(linear, "model.layers.1.mlp.down_proj"), FluteLinearMethod)
     assert config.get_quant_method(torch.nn.Module(), "") is None
+
+
+@pytest.mark.parametrize(
+    "units, dtype, warned", [(False, torch.bfloat16, 1), (True, torch.bfloat16, 0), (False, torch.float32, 0)]
+)
+def test_a_plain_head_on_a_cpu_without_bf16_units_is_said(monkeypatch, units, dtype, warned):
+    said = []
+    monkeypatch.setattr(config_module, "has_bf16_products", lambda: units)
+    monkeypatch.setattr(config_module.logger, "warning_once", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
+    head = vllm_embedding.ParallelLMHead.__new__(vllm_embedding.ParallelLMHead)
+    assert flute_config(ignore=["lm_head"]).get_quant_method(head, "lm_head") is None
+    assert [text.split(",")[0] for text in said] == ["lm_head is not quantized"] * warned
 
 
 def test_overrides_reach_fused_layers():

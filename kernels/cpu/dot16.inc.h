@@ -33,12 +33,11 @@ struct Book16 {
   INLINE explicit Book16(const float* book) {
     float largest = 0;
     for (int c = 0; c < 16; ++c) largest = __builtin_fabsf(book[c]) > largest ? __builtin_fabsf(book[c]) : largest;
-    const float inverse = largest > 0 ? kBook16 / largest : 0;
     step = largest / kBook16;
     alignas(16) uint8_t bytes[kTables][2][16];
     for (int c = 0; c < 16; ++c) {
       for (int t = 0; t < kTables; ++t) {
-        const int value = int(__builtin_rintf(book[t ? c >> 2 : c] * inverse));
+        const int value = largest > 0 ? int(__builtin_rintf(book[t ? c >> 2 : c] / largest * kBook16)) : 0;
         bytes[t][0][c] = uint8_t(value);
         bytes[t][1][c] = uint8_t(value >> 8);
       }

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 from .. import dispatch
 from ..checkpoint import LayerSpec, LutConfig, check_checkpoint
+from ..checkpoint.products import has_bf16_products
 from ..checkpoint.reader import CONFIG, read_json
 from ..checkpoint.sources import upstream_flute
 from ..errors import FluteError
@@ -121,7 +122,16 @@ class FluteConfig(QuantizationConfig):
         offline = upstream.UpstreamLinearMethod if self.upstream else FluteLinearMethod
         method = OnlineLinearMethod if self.online else offline
         if isinstance(layer, ParallelLMHead):
-            return None if self.lut.is_ignored(prefix) else method(self.layer_spec(prefix), self, prefix)
+            if not self.lut.is_ignored(prefix):
+                return method(self.layer_spec(prefix), self, prefix)
+            # vLLM makes a model's modules with its dtype as the default.
+            if current_platform.is_cpu() and torch.get_default_dtype() != torch.float32 and not has_bf16_products():
+                logger.warning_once(
+                    "%s is not quantized, and torch multiplies 16-bit matrices in a plain loop on this CPU: several tokens "
+                    "at a time take several times as long as with a quantized one (vllm-flute quantize --lm-head)",
+                    prefix,
+                )
+            return None
         if isinstance(layer, LinearBase):
             spec = self.layer_spec(prefix)
             if spec is None and self.online:
