@@ -35,9 +35,8 @@ def has_bf16_products() -> bool:
 class WideProducts(TorchFunctionMode):
     """While it is on, bf16 linear layers and attention multiply their values in fp32, and round their sums to bf16.
 
-    That is what bf16 units do. torch's own loop for a CPU that has none is slower: 9.7 GFLOP/s where a linear layer has
-    85 here, on one core of a Zen 3 (1024 x 576 x 1536), and attention's backward pass takes 590 ms instead of 70 (1024
-    tokens, 9 heads of 64).
+    That is what bf16 units do. torch's own loop for a CPU that has none is slower: a linear layer nine times on a Zen 3
+    (docs/speed.md), attention's backward pass too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -127,8 +127,8 @@ class FluteConfig(QuantizationConfig):
             # vLLM makes a model's modules with its dtype as the default.
             if current_platform.is_cpu() and torch.get_default_dtype() != torch.float32 and not has_bf16_products():
                 logger.warning_once(
-                    "%s is not quantized, and torch multiplies 16-bit matrices in a plain loop on this CPU: several "
-                    "tokens at a time take several times as long as a quantized one, vllm-flute quantize --lm-head",
+                    "%s is not quantized, and torch multiplies 16-bit matrices in a plain loop on this CPU: batches "
+                    "are several times as slow as with a quantized one (vllm-flute quantize --lm-head)",
                     prefix,
                 )
             return None
