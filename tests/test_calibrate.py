@@ -96,6 +96,40 @@ def test_an_interrupted_run_continues(plain, text, tmp_path, monkeypatch, method
     check_checkpoint(tmp_path / "out")
 
 
+def test_an_interrupted_learning_is_overwritten(plain, text, tmp_path, monkeypatch):
+    """Its state and its weights are those of other options, and leave no trace."""
+    monkeypatch.setattr(learned, "UPDATES", 21)
+    options = {"group_size": 32, "method": "learned", "calibrate": text, "tokens": 512}
+
+    def stop(done, total, label):
+        if label.startswith("scales") and done == 20:  # which is saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plain, tmp_path / "out", progress=stop, bits=3, **options)
+    for out in ("out", "fresh"):
+        quantize_checkpoint(plain, tmp_path / out, overwrite=True, bits=2, **options)
+    files = [{f.name: f.read_bytes() for f in (tmp_path / out).iterdir()} for out in ("out", "fresh")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_outputs_that_were_not_kept_are_computed_again(plain, text, tmp_path, monkeypatch, kept):
+    """Learned scales do not depend on how many linear layers' outputs have room."""
+    monkeypatch.setattr(learned, "UPDATES", 4)
+    options = {"bits": 3, "group_size": 32, "method": "learned", "calibrate": text, "tokens": 512}
+    quantize_checkpoint(plain, tmp_path / "all", **options)
+    headers = Checkpoint(plain).headers
+    rows = sum(Checkpoint(plain).tensor(name).shape[0] for name in headers if ".0." in name and "_proj" in name)
+    monkeypatch.setattr(learned, "_KEPT", kept * rows * 512 * 2)
+    runs, forward = [], learned._Layer.forward
+    monkeypatch.setattr(learned._Layer, "forward", lambda self, *a: runs.append(self) or forward(self, *a))
+    quantize_checkpoint(plain, tmp_path / "some", **options)
+    assert len(runs) == 4 * (2 + 2 - kept)
+    for file in (tmp_path / "all").glob("*.safetensors"):
+        assert (tmp_path / "some" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_calibration_helps_the_model(plain, text, tmp_path):
     """The output's error on the calibration text falls from scale search to GPTQ, and to learned scales."""
     source = Checkpoint(plain)

@@ -12,7 +12,7 @@ from ..errors import FluteError
 from ..format import PARTS, LutTensor
 from .calibrate import layer_weights
 from .config import HEAD
-from .llama import DTYPE, LlamaBlock
+from .llama import DTYPE, LlamaBlock, plain_linear
 from .output import Output, write_tensors
 from .products import fast_products
 from .reader import Checkpoint
@@ -34,6 +34,7 @@ RATES = {2: 5e-3, 3: 2.5e-3, 4: 1e-3}
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _ROWS = 128  # tokens whose logits are in memory at once
+_KEPT = 1 << 28  # bytes of linear layers' outputs that are kept for the backward pass; others are computed twice
 _SAVE_EVERY = 20  # updates that an interruption may cost
 
 
@@ -82,6 +83,28 @@ class _Entries:
         return self.table.index_select(0, self.pairs.view(-1).to(torch.int32)).view(DTYPE).view(self.shape)
 
 
+class _Computed(torch.autograd.Function):
+    """A linear layer whose outputs are known, for its backward pass.
+
+    ``apply(x [tokens, K], weight [N, K], outputs [tokens, N], learn)``: ``learn``, where it is not None, is called with
+    the gradient ``[N, K]`` of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, outputs, learn):
+        ctx.save_for_backward(x, weight)
+        ctx.learn = learn
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        with fast_products():  # autograd's passes leave torch's function modes
+            if ctx.learn:
+                ctx.learn(F.linear(gradient.T, x.T))
+            return F.linear(gradient, weight.T), None, None, None
+
+
 class _Layer:
     """A decoder layer whose quantized matrices are ``table entry * scale``, computed for each pass anew."""
 
@@ -103,25 +126,49 @@ class _Layer:
         made = {n: (entries[n] * self.scales(n).to(DTYPE).unsqueeze(-1)).flatten(1) for n in self.linears}
         return self.rest | {f"{name}.weight": w for name, w in made.items()}
 
-    def forward(self, block: LlamaBlock, hidden: torch.Tensor) -> torch.Tensor:
-        return block.run([hidden], self.weights({name: e.look_up() for name, e in self.linears.items()}))[0]
+    def entries(self) -> dict[str, torch.Tensor]:
+        return {name: e.look_up() for name, e in self.linears.items()}
+
+    def forward(
+        self, block: LlamaBlock, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(the layer's outputs, those of each linear layer in it)."""
+        weights = weights or self.weights(self.entries())
+        results: dict[str, torch.Tensor] = {}
+
+        def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+            return results.setdefault(name, plain_linear(weights, name, x))
+
+        return block.run([hidden], weights, linear)[0], results
 
     def backward(
-        self, block: LlamaBlock, hidden: torch.Tensor, gradient: torch.Tensor
+        self,
+        block: LlamaBlock,
+        hidden: torch.Tensor,
+        results: dict[str, torch.Tensor] | None,
+        gradient: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(gradient at the inputs, gradients of ``change`` fp32 ``[N, G]``) for that at the outputs."""
-        entries = {name: e.look_up() for name, e in self.linears.items()}
+        """(gradient at the inputs, gradients of ``change`` fp32 ``[N, G]``) for that at the outputs.
+
+        Args:
+            results: of `forward`, which are computed anew where they were not kept.
+        """
+        entries = self.entries()
         weights = self.weights(entries)
+        results = results or self.forward(block, hidden, weights)[1]
+        found: dict[str, torch.Tensor] = {}
+
+        def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+            def learn(by_weight: torch.Tensor) -> None:
+                by_entry = by_weight.view_as(entries[name]) * entries[name]
+                found[name] = by_entry.sum(-1, dtype=torch.float32) * self.start[name]
+
+            return _Computed.apply(x, weights[f"{name}.weight"], results[name], learn if name in entries else None)
+
         hidden = hidden.detach().requires_grad_()
-        trained = [weights[f"{name}.weight"].requires_grad_() for name in self.linears]
         with torch.enable_grad():
-            outputs = block.run([hidden], weights)[0]
-        before, *found = torch.autograd.grad(outputs, [hidden, *trained], gradient)
-        by_name = zip(self.linears, found, strict=True)
-        return before, {
-            name: (g.view_as(entries[name]) * entries[name]).sum(-1, dtype=torch.float32) * self.start[name]
-            for name, g in by_name
-        }
+            outputs = block.run([hidden], weights, linear)[0]
+        return torch.autograd.grad(outputs, hidden, gradient)[0], found
 
 
 class _Adam:
@@ -177,7 +224,8 @@ def learn_scales(
     few ten thousand tokens of text do not teach the model the text.
 
     In memory: the codes, two to a byte, four numbers for each scale, one decoder layer's weights, one sequence's inputs
-    of every layer, and what the plain model has after its last layer for all tokens.
+    of every layer and 256 MiB more of what they compute, and what the plain model has after its last layer for all
+    tokens.
 
     Args:
         source: the plain checkpoint.
@@ -213,9 +261,12 @@ def learn_scales(
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:UPDATES].tolist()
     while optimizer.step < UPDATES:
         sequence = order[optimizer.step]
-        inputs = [F.embedding(tokens[sequence], embedding)]
+        inputs, kept, room = [F.embedding(tokens[sequence], embedding)], [], _KEPT
         for layer in layers:
-            inputs.append(layer.forward(block, inputs[-1]))
+            outputs, results = layer.forward(block, inputs[-1])
+            inputs.append(outputs)
+            room -= sum(one.nbytes for one in results.values())
+            kept.append(results if room >= 0 else None)
         loss, gradient = output.divergence(inputs.pop(), target[sequence])
         if not math.isfinite(loss):
             raise FluteError(
@@ -223,7 +274,7 @@ def learn_scales(
             )
         gradients = {}
         for index in range(len(layers) - 1, -1, -1):
-            gradient, found = layers[index].backward(block, inputs.pop(), gradient)
+            gradient, found = layers[index].backward(block, inputs.pop(), kept.pop(), gradient)
             gradients |= {f"model.layers.{index}.{name}": g for name, g in found.items()}
         optimizer.update(gradients)
         if optimizer.step % _SAVE_EVERY == 0:

@@ -1,6 +1,7 @@
 """LLaMA's decoder layer in stages, each of which ends where linear layers have the same inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -13,6 +14,8 @@ STAGES = (
     ("mlp.down_proj",),
 )
 DTYPE = torch.bfloat16
+# (name within the decoder layer, inputs ``[tokens, K]``) -> outputs ``[tokens, N]``.
+Linear = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class LlamaBlock:
@@ -37,14 +40,14 @@ class LlamaBlock:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return weight * x.to(hidden.dtype)
 
-    def _attention(self, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        q, k, v = (_linear(x, weights, name).unflatten(-1, (-1, self.config.head_dim)) for name in STAGES[0])
+    def _attention(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        q, k, v = (linear(name, x).unflatten(-1, (-1, self.config.head_dim)) for name in STAGES[0])
         q, k = self.rotate(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *self.rotary)
         v = v.transpose(0, 1)[None]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
     def stages(
-        self, hidden: list[torch.Tensor], weights: dict[str, torch.Tensor]
+        self, hidden: list[torch.Tensor], weights: dict[str, torch.Tensor], linear: Linear | None = None
     ) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
         """Yields (names of linear layers, their inputs ``[tokens, K]`` of each sequence), last ((), the outputs).
 
@@ -54,27 +57,32 @@ class LlamaBlock:
         Args:
             hidden: the layer's inputs, one bf16 ``[tokens, hidden_size]`` for each sequence.
             weights: bf16, by their names within the layer, such as "mlp.up_proj.weight".
+            linear: computes the linear layers, in the place of `plain_linear`, which takes ``weights``.
         """
+        linear = linear or partial(plain_linear, weights)
         x = [self.norm(h, weights["input_layernorm.weight"]) for h in hidden]
         yield STAGES[0], x
-        x = [self._attention(one, weights) for one in x]
+        x = [self._attention(one, linear) for one in x]
         yield STAGES[1], x
-        hidden = [h + _linear(one, weights, STAGES[1][0]) for h, one in zip(hidden, x, strict=True)]
+        hidden = [h + linear(STAGES[1][0], one) for h, one in zip(hidden, x, strict=True)]
         x = [self.norm(h, weights["post_attention_layernorm.weight"]) for h in hidden]
         yield STAGES[2], x
         gate, up = STAGES[2]
-        x = [F.silu(_linear(one, weights, gate)) * _linear(one, weights, up) for one in x]
+        x = [F.silu(linear(gate, one)) * linear(up, one) for one in x]
         yield STAGES[3], x
-        yield (), [h + _linear(one, weights, STAGES[3][0]) for h, one in zip(hidden, x, strict=True)]
+        yield (), [h + linear(STAGES[3][0], one) for h, one in zip(hidden, x, strict=True)]
 
-    def run(self, hidden: list[torch.Tensor], weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def run(
+        self, hidden: list[torch.Tensor], weights: dict[str, torch.Tensor], linear: Linear | None = None
+    ) -> list[torch.Tensor]:
         """The outputs of a layer; sequence by sequence, so that one sequence's stages are in memory."""
         outputs = []
         for one in hidden:
-            *_, (_, result) = self.stages([one], weights)
+            *_, (_, result) = self.stages([one], weights, linear)
             outputs += result
         return outputs
 
 
-def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def plain_linear(weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """The linear layer of a name, by weights and biases of a decoder layer's names."""
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

@@ -191,3 +191,14 @@ class Output:
         write_json(self.path / CONFIG, config)
         (self.path / STATE).unlink()
         os.fsync(self.lock)
+
+
+class Scratch(Output):
+    """An output below another one that is done away with: what a run with other options left in it is removed whole."""
+
+    def __init__(self, path: Path, fingerprint: dict):
+        super().__init__(path, fingerprint, overwrite=True)
+
+    def _clear(self, state: dict) -> None:
+        for path in self.path.iterdir():
+            path.unlink()

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, reduce
+from operator import add
 
 import torch
 from torch.nn import functional as F
@@ -49,14 +50,17 @@ class WideProducts(TorchFunctionMode):
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     x = x.to(torch.float32)
-    parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))
-    out = torch.cat([F.linear(x, _wide(part)) for part in parts], dim=-1)
+    # Weights are converted in parts, by rows as they lie in memory: across them it is ten times as slow. Those of a
+    # transposed matrix are parts of the sums.
+    if weight.stride(1) == 1:
+        parts = weight.split(max(1, _AT_ONCE // weight.shape[1]))
+        outs = [F.linear(x, part.to(torch.float32)) for part in parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+    else:
+        parts = weight.T.split(max(1, _AT_ONCE // weight.shape[0]))
+        inputs = x.split([len(part) for part in parts], dim=-1)
+        out = reduce(add, (one @ part.to(torch.float32) for one, part in zip(inputs, parts, strict=True)))
     return out if bias is None else out + bias
-
-
-def _wide(weight: torch.Tensor) -> torch.Tensor:
-    # Rows of a transposed matrix are converted as they lie: transposing them on the way is ten times as slow.
-    return weight.to(torch.float32) if weight.stride(1) == 1 else weight.T.to(torch.float32).T
 
 
 def _attention(*args, **kwargs) -> torch.Tensor:

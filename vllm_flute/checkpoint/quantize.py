@@ -21,7 +21,7 @@ from .card import model_card
 from .config import HEAD, LINEAR, LayerSpec, LutConfig, check_fused, check_pattern, first_match, matches
 from .learned import UNLEARNED, learn_scales
 from .mixed import mix
-from .output import Output, copy_files
+from .output import Output, Scratch, copy_files
 from .prescale import PrescaledCheckpoint, search_prescales
 from .reader import Checkpoint
 from .rewrite import LAYER, Convert, Progress, fingerprint, require_elsewhere, require_plain, rewrite
@@ -354,7 +354,7 @@ def quantize_checkpoint(
         written = output
         if method == "learned":
             # What GPTQ makes lies in a folder of its own until its scales are learned.
-            written = stack.enter_context(Output(output.path / UNLEARNED, output.fingerprint, overwrite=True))
+            written = stack.enter_context(Scratch(output.path / UNLEARNED, output.fingerprint))
         if prescale:
             # A run that continues finds the scales again. They need not be the same bit by bit: none reaches beyond
             # the decoder layer, and so the shard, that it belongs to.
