@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from vllm_flute.checkpoint import Checkpoint
 from vllm_flute.checkpoint.calibrate import layer_weights, second_moments
@@ -33,7 +33,7 @@ _SWEEPS = (0, 1, 2, 3, 4)
 
 def inputs(source: Checkpoint, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Second moments ``[K, K]`` of the inputs of each linear layer of the chosen decoder layers."""
-    block = LlamaBlock(AutoConfig.from_pretrained(source.path), ids.shape[1])
+    block = LlamaBlock(source, ids.shape[1])
     embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
     hidden, found = list(torch.nn.functional.embedding(ids, embedding)), {}
     for layer in range(_LAYERS[-1] + 1):

@@ -125,6 +125,52 @@ def make_llama31(path, hidden: int = 512, layers: int = 3, dtype: torch.dtype = 
     return path
 
 
+def make_like(path, model_type: str, hidden: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random checkpoint, with a tokenizer, of another model type whose decoder layers are like LLaMA's.
+
+    Qwen2: biases at q, k and v, a tied head. Qwen3: norms of each head's q and k, heads wider than hidden / heads.
+    Mistral: sliding attention that reaches 1024 tokens.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tied = model_type == "qwen2"
+    tensors, config = (
+        llama_tensors(hidden, 2 * hidden, layers, dtype, tied),
+        llama_config(hidden, 2 * hidden, layers, dtype, tied),
+    )
+    if tied:  # logits of a few units, as of an untied head
+        tensors["model.embed_tokens.weight"] *= 2.5 * hidden**-0.5
+    del config["rope_scaling"], config["attention_bias"], config["mlp_bias"]
+    generator = torch.Generator().manual_seed(3)
+    size = hidden // HEADS
+    if model_type == "qwen3":
+        size *= 2
+        config |= {"head_dim": size, "attention_bias": False}
+    for i in range(layers):
+        layer = f"model.layers.{i}.self_attn"
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            if model_type == "qwen2":
+                tensors[f"{layer}.{name}_proj.bias"] = torch.randn(heads * size, generator=generator).to(dtype)
+            elif model_type == "qwen3":
+                weight = torch.randn(heads * size, hidden, generator=generator) * 1.5 * hidden**-0.5
+                tensors[f"{layer}.{name}_proj.weight"] = weight.to(dtype)
+        if model_type == "qwen3":
+            weight = torch.randn(hidden, HEADS * size, generator=generator) * 1.5 * (HEADS * size) ** -0.5
+            tensors[f"{layer}.o_proj.weight"] = weight.to(dtype)
+            for name in "qk":
+                tensors[f"{layer}.{name}_norm.weight"] = (1 + 0.3 * torch.randn(size, generator=generator)).to(dtype)
+    if model_type == "mistral":
+        config["sliding_window"] = 1024
+    elif model_type == "qwen2":
+        del config["head_dim"]
+        config |= {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": layers}
+    save_sharded(path, tensors, shards=2)
+    architecture = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type] + "ForCausalLM"
+    (path / "config.json").write_text(json.dumps(config | {"model_type": model_type, "architectures": [architecture]}))
+    save_tokenizer(path)
+    return path
+
+
 def make_tiny(path, hidden: int = 64, intermediate: int = 128, layers: int = 2, tied: bool = False) -> Path:
     """The smallest checkpoint of the same form, without a tokenizer, for tests that compute nothing."""
     path = Path(path)

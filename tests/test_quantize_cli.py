@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from vllm_flute import FluteError, LutTensor, quantize
 from vllm_flute.checkpoint import Checkpoint, check_checkpoint, output, quantize_checkpoint
+from vllm_flute.checkpoint.quantize import dequantized
 from vllm_flute.cli import main
 
 DOWN = "model.layers.{}.mlp.down_proj"
@@ -149,6 +150,20 @@ def test_a_tied_head_stays_tied(tmp_path):
     quantize_checkpoint(source, tmp_path / "out")
     assert Checkpoint(tmp_path / "out").config["tie_word_embeddings"] is True
     check_checkpoint(tmp_path / "out")
+
+
+def test_biases_and_extensions_are_dequantized_too():
+    generator = torch.Generator().manual_seed(0)
+    t = quantize(torch.randn(8, 64, generator=generator), 4, 32)
+    offsets = torch.randn(t.scales.shape, generator=generator).to(t.scales.dtype)
+    perm = torch.randperm(64, generator=generator, dtype=torch.int32)
+    parts = t.parts() | {"offsets": offsets, "perm": perm}
+    others = {"a.up_proj.bias": torch.ones(8), "a.norm.weight": torch.zeros(3)}
+    found = dequantized({f"a.up_proj.{part}": tensor for part, tensor in parts.items()} | others)
+    assert found.keys() == others.keys() | {"a.up_proj.weight"}
+    assert all(found[name] is tensor for name, tensor in others.items())
+    plain = t.dequantize() + offsets.float().repeat_interleave(32, 1)
+    torch.testing.assert_close(found["a.up_proj.weight"][:, perm.long()], plain, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_no_linear_layer_stays(tmp_path):

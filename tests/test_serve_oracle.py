@@ -1,6 +1,6 @@
 """Served checkpoints beside transformers' own greedy decoding of the dequantized one, both in float32: the same tokens.
 
-A mixture of experts, online quantization on two ranks, LoRA.
+A mixture of experts, other model types, online quantization on two ranks, LoRA.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, llama_tensors, make_llama31, save_sharded, save_tokenizer
+from checkpoints import VOCABULARY, llama_tensors, make_like, make_llama31, save_sharded, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from vllm_flute.checkpoint import dequantize_checkpoint, quantize_checkpoint
@@ -96,6 +96,17 @@ def test_a_mixture_of_experts(tmp_path):
     got = served(tmp_path / "flute", tmp_path / "log", VLLM_CPU_CI_ENV="1", VLLM_CPU_OMP_THREADS_BIND="0-1")
     assert got == greedy(tmp_path / "float32")
     assert len({token for tokens in got for token in tokens}) > TOKENS  # no model that says one thing
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_other_models(tmp_path, kind):
+    """With biases at what vLLM fuses, with norms of heads between quantized layers, with a head that was tied."""
+    plain = make_like(tmp_path / "plain", kind)
+    quantize_checkpoint(plain, tmp_path / "flute", bits=4, group_size=64, lm_head=True)
+    dequantize_checkpoint(tmp_path / "flute", tmp_path / "float32", dtype="float32")
+    got = served(tmp_path / "flute", tmp_path / "log", "--enforce-eager", VLLM_CPU_OMP_THREADS_BIND="0-1")
+    assert got == greedy(tmp_path / "float32")
+    assert len({token for tokens in got for token in tokens}) > TOKENS
 
 
 def test_online_quantization_on_two_ranks(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import FluteError
 from ..format import LutTensor
-from .llama import DTYPE, LlamaBlock
+from .llama import DTYPE, LlamaBlock, require_llama_layers
 from .products import exact_products, fast_products
 from .reader import Checkpoint
 
@@ -21,15 +21,12 @@ _SEQUENCE = 1024  # tokens of one run, each with its own context
 def calibration_tokens(source: Checkpoint, text: str | Path, count: int) -> torch.Tensor:
     """The first ``count`` tokens of a UTF-8 file as int64 ``[sequences, length]``, less those that fill no sequence.
 
-    Raises FluteError for a text that is too short, a checkpoint without a tokenizer, or layers that are not LLaMA's.
+    Raises FluteError for a text that is too short, a checkpoint without a tokenizer, or layers that
+    `LlamaBlock` does not run.
     """
     from transformers import AutoTokenizer
 
-    if source.config.get("model_type") != "llama":
-        raise FluteError(
-            f"calibration runs LLaMA's layers, {source.path} has model_type "
-            f"{source.config.get('model_type')!r}: quantize it without --calibrate"
-        )
+    require_llama_layers(source, "--calibrate", "quantize it without", _SEQUENCE)
     try:
         body = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -62,11 +59,8 @@ class Calibration:
     """
 
     def __init__(self, source: Checkpoint, tokens: torch.Tensor, final: LayerWeights, full: bool):
-        from transformers import AutoConfig
-
         self.source, self.final, self.full = source, final, full
-        self.config = AutoConfig.from_pretrained(source.path)
-        self.block = LlamaBlock(self.config, tokens.shape[1])
+        self.block = LlamaBlock(source, tokens.shape[1])
         embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
         self.hidden = list(torch.nn.functional.embedding(tokens, embedding))
         self.layer = 0
@@ -99,7 +93,7 @@ class Calibration:
     @torch.no_grad()
     def head_moments(self) -> torch.Tensor:
         """Second moments of the output head's inputs, after all decoder layers."""
-        self._advance(self.config.num_hidden_layers)
+        self._advance(self.block.layers)
         weight = self.source.tensor("model.norm.weight").to(DTYPE)
         return second_moments([self.block.norm(x, weight) for x in self.hidden], self.full)
 

@@ -235,19 +235,16 @@ def learn_scales(
     Raises:
         FluteError: predictions that are not finite.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.path)
-    block = LlamaBlock(config, tokens.shape[1])
+    block = LlamaBlock(source, tokens.shape[1])
     embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
     target = list(F.embedding(tokens, embedding))
     layers = []
-    for index in range(config.num_hidden_layers):
+    for index in range(block.layers):
         plain = layer_weights(source, index)
         target = block.run(target, plain)
         layers.append(_Layer(plain, _linears(written, f"model.layers.{index}.")))
         if progress:
-            progress(index + 1, config.num_hidden_layers, "the plain model")
+            progress(index + 1, block.layers, "the plain model")
     head = _linears(written, HEAD)
     output = _Head(source, head[""].dequantize(DTYPE) if head else None, block)
     changes = {f"model.layers.{i}.{n}": c for i, layer in enumerate(layers) for n, c in layer.change.items()}

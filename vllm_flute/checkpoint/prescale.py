@@ -75,7 +75,7 @@ def search_prescales(
     """Runs the plain model, one decoder layer in memory, and finds the scales of each stage's inputs.
 
     Args:
-        source: a plain checkpoint of LLaMA's architecture.
+        source: a plain checkpoint of one of `llama.MODEL_TYPES`.
         tokens: int64 ``[sequences, length]``; the first few are used.
         config: bits and group sizes; what it ignores has no say.
         codebook: as of `quantize`.
@@ -84,14 +84,12 @@ def search_prescales(
     Returns fp32 ``[K]`` by the module that makes the K inputs, to be divided by them: MAKERS of all decoder layers; for
     v_proj K counts the KV heads.
     """
-    from transformers import AutoConfig
-
-    model = AutoConfig.from_pretrained(source.path)
-    block = LlamaBlock(model, tokens.shape[1])
+    block = LlamaBlock(source, tokens.shape[1])
+    kv_heads = block.config.num_key_value_heads
     embedding = source.tensor("model.embed_tokens.weight").to(DTYPE)
     hidden = list(torch.nn.functional.embedding(tokens[:_SEQUENCES], embedding))
     found = {}
-    for layer in range(model.num_hidden_layers):
+    for layer in range(block.layers):
         prefix, weights = f"model.layers.{layer}.", layer_weights(source, layer)
         for (names, inputs), maker in zip(block.stages(hidden, weights), (*MAKERS, None), strict=True):
             if maker is None:
@@ -100,21 +98,21 @@ def search_prescales(
             moments = second_moments(inputs, full=True)
             size = torch.cat(inputs).to(torch.float32).abs().mean(0)
             if maker == "self_attn.v_proj":
-                size = size.view(model.num_key_value_heads, -1, model.head_dim).mean(1).flatten()
+                size = size.view(kv_heads, -1, block.head_dim).mean(1).flatten()
             samples = {prefix + n: _sample(weights[f"{n}.weight"]) for n in names if not config.is_ignored(prefix + n)}
 
             def lost(exponent: float, size=size, moments=moments, samples=samples) -> float:
-                scales = _of_inputs(_scales(size, exponent), len(moments), model.num_key_value_heads)
+                scales = _of_inputs(_scales(size, exponent), len(moments), kv_heads)
                 return sum(_lost(w, moments, scales, config.layer(n), codebook, n) for n, w in samples.items())
 
             found[prefix + maker] = _scales(size, min(_EXPONENTS, key=lost))
         if progress:
-            progress(layer + 1, model.num_hidden_layers, "prescale")
+            progress(layer + 1, block.layers, "prescale")
     return found
 
 
 class PrescaledCheckpoint(Checkpoint):
-    """A checkpoint of LLaMA's architecture seen with scales folded into it.
+    """A checkpoint of one of `llama.MODEL_TYPES` seen with scales folded into it.
 
     Tensors keep their dtype, are computed in fp32 (fp64 for fp32 weights) and one at a time.
 

@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..codebook import BITS, DEFAULT_CODEBOOK, check_bits, make_codebook
 from ..errors import FluteError
-from ..format import GROUP_SIZES, PARTS, SCALE_DTYPES, LutTensor
+from ..format import EXTENSIONS, GROUP_SIZES, PARTS, SCALE_DTYPES, LutTensor
 from ..quantization import DATA_FREE, FITTED, METHODS, gptq, quantize
 from .calibrate import Calibration, calibration_tokens
 from .card import model_card
@@ -140,10 +140,17 @@ def _plan(
 
 def dequantized(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The plain weights that stored tensors of lut-v1 stand for; what is not quantized stays."""
-    layers = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
-    plain = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
-    made = {f"{p}.weight": LutTensor(*(tensors[f"{p}.{part}"] for part in PARTS)).dequantize() for p in layers}
-    return plain | made
+    stored: dict[str, dict[str, torch.Tensor]] = {
+        n.removesuffix(".qweight"): {} for n in tensors if n.endswith(".qweight")
+    }
+    plain = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer in stored and part in (*PARTS, *EXTENSIONS):
+            stored[layer][part] = tensor
+        else:
+            plain[name] = tensor
+    return plain | {f"{n}.weight": LutTensor.from_parts(parts, n).dequantize() for n, parts in stored.items()}
 
 
 def _relative_error(weight: torch.Tensor, t: LutTensor) -> float:
@@ -216,14 +223,17 @@ def quantize_checkpoint(
             "learned" (GPTQ, then `learn_scales`), which need calibration. Default: "gptq" with calibration,
             "scale-search" without.
         calibrate: a UTF-8 text whose first ``tokens`` tokens run through the model; "scale-search" then weights
-            errors by the inputs' second moments. LLaMA's architecture only.
-        rotate: fold random rotations into the weights first (see `RotatedCheckpoint`). LLaMA's architecture only.
+            errors by the inputs' second moments.
+        rotate: fold random rotations into the weights first (see `RotatedCheckpoint`).
         prescale: fold scales of the inputs into the weights first, so that inputs that matter are rounded less (see
             `search_prescales`); needs calibration.
         target_bits: choose the width of each layer for so many bits a weight on average, scales included (see `mix`);
-            ``bits`` then counts for the output head only. LLaMA's architecture only.
+            ``bits`` then counts for the output head only.
         overwrite: replace another result of this tool in ``out``.
         progress: called as ``progress(done, total, label)`` after each output shard.
+
+    Calibration, rotation and the choice of widths know LLaMA's decoder layers and those like them
+    (`llama.MODEL_TYPES`); the rest any model whose linear layers are named as transformers names them.
 
     Raises:
         FluteError: an option or a layer that is impossible, a source that is broken or already quantized, an

@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..errors import FluteError
 from .config import HEAD
+from .llama import require_llama_layers
 from .output import Output, copy_files
 from .reader import Checkpoint
 from .rewrite import Progress, fingerprint, require_elsewhere, require_plain, rewrite
@@ -83,7 +84,7 @@ class Rotation:
 
 
 class RotatedCheckpoint(Checkpoint):
-    """A checkpoint of LLaMA's architecture seen with its residual stream, and its values by head, rotated.
+    """A checkpoint of one of `llama.MODEL_TYPES` seen with its residual stream, and its values by head, rotated.
 
     Norms' weights are folded into the linears that follow them and become ones; a head that is tied to the embedding
     becomes one of its own, because only it takes the last norm. Tensors keep their dtype, are computed in fp32 (fp64
@@ -101,11 +102,7 @@ class RotatedCheckpoint(Checkpoint):
     def __init__(self, source: str | Path, seed: int = 0, kind: str = "hadamard"):
         super().__init__(source)
         require_plain(self)
-        if self.config.get("model_type") != "llama":
-            raise FluteError(
-                f"--rotate knows LLaMA's layers, {self.path} has model_type {self.config.get('model_type')!r}: "
-                "quantize it without --rotate"
-            )
+        require_llama_layers(self, "--rotate", "quantize it without")
         for name in (EMBEDDING, _NORM):
             if name not in self.headers:
                 raise FluteError(f"--rotate: {self.path} has no tensor {name}")

@@ -8,19 +8,18 @@ Changes at different tokens and of different layers count as independent.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch.nn import functional as F
 
 from ..codebook import BITS
-from ..errors import FluteError
+from .calibrate import layer_weights
+from .llama import DTYPE, LlamaBlock, plain_linear, require_llama_layers
 from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import Progress
 
-_DTYPE = torch.bfloat16
 _SEQUENCES, _LENGTH = 4, 512
 _ROWS = 256  # tokens whose logits are in memory at once
 
@@ -38,57 +37,23 @@ def sample_tokens(source: Checkpoint, tokens: torch.Tensor | None) -> torch.Tens
     return tokens.flatten()[: min(_SEQUENCES, tokens.numel() // length) * length].view(-1, length)
 
 
-class _Model:
-    """The parts of a LLaMA checkpoint, one decoder layer in memory."""
-
-    def __init__(self, source: Checkpoint, length: int):
-        from transformers import AutoConfig
-        from transformers.models.llama import modeling_llama
-
-        if source.config.get("model_type") != "llama":
-            raise FluteError(
-                f"--target-bits runs LLaMA's layers, {source.path} has model_type "
-                f"{source.config.get('model_type')!r}: give widths by --override"
-            )
-        self.source = source
-        self.config = AutoConfig.from_pretrained(source.path)
-        self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self.block = modeling_llama.LlamaDecoderLayer(self.config, layer_idx=0).to(_DTYPE).eval()
-            self.norm = modeling_llama.LlamaRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        self.block.requires_grad_(False)
-        self.norm.load_state_dict({"weight": source.tensor("model.norm.weight").to(_DTYPE)}, assign=True)
-        self.norm.requires_grad_(False)
-        like = torch.empty(1, length, self.config.hidden_size, dtype=_DTYPE)
-        self.rotary = modeling_llama.LlamaRotaryEmbedding(self.config)(like, torch.arange(length).unsqueeze(0))
-
-    def load(self, layer: int) -> None:
-        prefix = f"model.layers.{layer}."
-        names = [name for name in self.source.headers if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self.source.tensor(name).to(_DTYPE) for name in names}
-        self.block.load_state_dict(weights, assign=True)
-        self.block.requires_grad_(False)
-
-    def run(self, x: torch.Tensor) -> torch.Tensor:
-        """``[1, length, hidden]`` through the layer that is loaded."""
-        return self.block(x, position_embeddings=self.rotary)
-
-    def head_gradients(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients of sampled tokens' likelihood at the last layer's outputs: each ``[1, length, hidden]``."""
-        head = self.source.tensor("model.embed_tokens.weight" if self.source.tied_head else "lm_head.weight")
-        head, generator, result = head.to(_DTYPE), torch.Generator().manual_seed(0), []
-        for one in hidden.split(1):
-            one = one.detach().requires_grad_()
-            normed = self.norm(one)
-            gradient = torch.empty_like(normed)
-            with torch.no_grad():
-                for i in range(0, normed.shape[1], _ROWS):
-                    share = F.linear(normed[0, i : i + _ROWS], head).float().softmax(-1)
-                    drawn = torch.multinomial(share, 1, generator=generator)
-                    share.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
-                    gradient[0, i : i + _ROWS] = F.linear(share.to(_DTYPE), head.T)
-            result.append(torch.autograd.grad(normed, one, gradient)[0])
-        return result
+def _head_gradients(source: Checkpoint, block: LlamaBlock, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of sampled tokens' likelihood at the last layer's outputs: each ``[length, hidden]``."""
+    head = source.tensor("model.embed_tokens.weight" if source.tied_head else "lm_head.weight").to(DTYPE)
+    norm = source.tensor("model.norm.weight").to(DTYPE)
+    generator, result = torch.Generator().manual_seed(0), []
+    for one in hidden:
+        one = one.detach().requires_grad_()
+        normed = block.norm(one, norm)
+        gradient = torch.empty_like(normed)
+        with torch.no_grad():
+            for i in range(0, len(normed), _ROWS):
+                share = F.linear(normed[i : i + _ROWS], head).float().softmax(-1)
+                drawn = torch.multinomial(share, 1, generator=generator)
+                share.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
+                gradient[i : i + _ROWS] = F.linear(share.to(DTYPE), head.T)
+        result.append(torch.autograd.grad(normed, one, gradient)[0])
+    return result
 
 
 @fast_products()
@@ -105,7 +70,7 @@ def sensitivities(
     layers from the last to the first; each is read twice.
 
     Args:
-        source: a plain checkpoint of LLaMA's architecture.
+        source: a plain checkpoint of one of `llama.MODEL_TYPES`.
         tokens: int64 ``[sequences, length]``.
         names: linear layers of decoder blocks.
         quantizer: makes the weights of each width.
@@ -115,44 +80,46 @@ def sensitivities(
     for name in names:
         _, _, layer, own = name.split(".", 3)
         wanted[int(layer)][own] = name
-    model = _Model(source, tokens.shape[1])
-    layers = model.config.num_hidden_layers
-    embedding = source.tensor("model.embed_tokens.weight")
-    inputs = [F.embedding(tokens, embedding).to(_DTYPE)]
+    require_llama_layers(source, "--target-bits", "give widths by --override", tokens.shape[1])
+    block = LlamaBlock(source, tokens.shape[1])
+    inputs = [list(F.embedding(tokens, source.tensor("model.embed_tokens.weight").to(DTYPE)))]
     with torch.no_grad():
-        for layer in range(layers):
-            model.load(layer)
-            inputs.append(torch.cat([model.run(x) for x in inputs[layer].split(1)]))
-    gradients = model.head_gradients(inputs.pop())
+        for layer in range(block.layers):
+            inputs.append(block.run(inputs[layer], layer_weights(source, layer)))
+    gradients = _head_gradients(source, block, inputs.pop())
     found = {}
-    for layer in range(layers - 1, min(wanted, default=layers) - 1, -1):
-        model.load(layer)
-        x, g, gradients = _backward(model, inputs.pop(), gradients, wanted[layer])
+    for layer in range(block.layers - 1, min(wanted, default=block.layers) - 1, -1):
+        weights = layer_weights(source, layer)
+        x, g, gradients = _backward(block, weights, inputs.pop(), gradients, wanted[layer])
         for own, name in wanted[layer].items():
             found[name] = _losses(source.tensor(f"{name}.weight"), x[own], g[own], quantizer, name)
         if progress:
-            progress(layers - layer, layers, "sensitivity")
+            progress(block.layers - layer, block.layers, "sensitivity")
     return found
 
 
 def _backward(
-    model: _Model, inputs: torch.Tensor, gradients: list[torch.Tensor], names: Iterable[str]
+    block: LlamaBlock,
+    weights: dict[str, torch.Tensor],
+    inputs: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    names: Collection[str],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[torch.Tensor]]:
     """Each named linear's inputs ``[tokens, K]`` and output gradients ``[tokens, N]``; the layer's gradients."""
     x: dict[str, list[torch.Tensor]] = defaultdict(list)
     g: dict[str, list[torch.Tensor]] = defaultdict(list)
     before = []
-    with ExitStack() as hooks:
-        for own in names:
 
-            def keep(module, args, output, own=own) -> None:
-                x[own].append(args[0].detach()[0])
-                output.register_hook(lambda gradient: g[own].append(gradient[0]))
+    def linear(name: str, one: torch.Tensor) -> torch.Tensor:
+        outputs = plain_linear(weights, name, one)
+        if name in names:
+            x[name].append(one.detach())
+            outputs.register_hook(g[name].append)
+        return outputs
 
-            hooks.callback(model.block.get_submodule(own).register_forward_hook(keep).remove)
-        for one, gradient in zip(inputs.split(1), gradients, strict=True):
-            one = one.detach().requires_grad_()
-            before.append(torch.autograd.grad(model.run(one), one, gradient)[0])
+    for one, gradient in zip(inputs, gradients, strict=True):
+        one = one.detach().requires_grad_()
+        before.append(torch.autograd.grad(block.run([one], weights, linear)[0], one, gradient)[0])
     return {own: torch.cat(x[own]) for own in x}, {own: torch.cat(g[own]) for own in g}, before
 
 
@@ -162,6 +129,6 @@ def _losses(
     moments = x.float().square().mean(0)
     losses = {}
     for bits in BITS:
-        change = (quantizer(weight, moments, bits, name) - weight.float()).to(_DTYPE)
+        change = (quantizer(weight, moments, bits, name) - weight.float()).to(DTYPE)
         losses[bits] = (F.linear(x, change).float() * g.float()).sum(-1).square().mean().item() / 2
     return losses
