@@ -125,48 +125,56 @@ def make_llama31(path, hidden: int = 512, layers: int = 3, dtype: torch.dtype = 
     return path
 
 
-def make_like(path, model_type: str, hidden: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random checkpoint, with a tokenizer, of another model type whose decoder layers are like LLaMA's.
+def tensors_like(
+    model_type: str, hidden: int, intermediate: int, layers: int, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """(random weights by name, config.json) of another model type whose decoder layers are like LLaMA's.
 
     Qwen2: biases at q, k and v, a tied head. Qwen3: norms of each head's q and k, heads wider than hidden / heads.
     Mistral: sliding attention that reaches 1024 tokens.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     tied = model_type == "qwen2"
-    tensors, config = (
-        llama_tensors(hidden, 2 * hidden, layers, dtype, tied),
-        llama_config(hidden, 2 * hidden, layers, dtype, tied),
-    )
+    tensors = llama_tensors(hidden, intermediate, layers, dtype, tied)
+    config = llama_config(hidden, intermediate, layers, dtype, tied)
     if tied:  # logits of a few units, as of an untied head
         tensors["model.embed_tokens.weight"] *= 2.5 * hidden**-0.5
     del config["rope_scaling"], config["attention_bias"], config["mlp_bias"]
     generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (std * torch.randn(shape, generator=generator)).to(dtype)
+
     size = hidden // HEADS
-    if model_type == "qwen3":
-        size *= 2
-        config |= {"head_dim": size, "attention_bias": False}
     for i in range(layers):
         layer = f"model.layers.{i}.self_attn"
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             if model_type == "qwen2":
-                tensors[f"{layer}.{name}_proj.bias"] = torch.randn(heads * size, generator=generator).to(dtype)
+                tensors[f"{layer}.{name}_proj.bias"] = normal(heads * size)
             elif model_type == "qwen3":
-                weight = torch.randn(heads * size, hidden, generator=generator) * 1.5 * hidden**-0.5
-                tensors[f"{layer}.{name}_proj.weight"] = weight.to(dtype)
+                tensors[f"{layer}.{name}_proj.weight"] = normal(heads * 2 * size, hidden, std=1.5 * hidden**-0.5)
         if model_type == "qwen3":
-            weight = torch.randn(hidden, HEADS * size, generator=generator) * 1.5 * (HEADS * size) ** -0.5
-            tensors[f"{layer}.o_proj.weight"] = weight.to(dtype)
+            tensors[f"{layer}.o_proj.weight"] = normal(hidden, 2 * hidden, std=1.5 * (2 * hidden) ** -0.5)
             for name in "qk":
-                tensors[f"{layer}.{name}_norm.weight"] = (1 + 0.3 * torch.randn(size, generator=generator)).to(dtype)
+                tensors[f"{layer}.{name}_norm.weight"] = 1 + normal(2 * size, std=0.3)
     if model_type == "mistral":
         config["sliding_window"] = 1024
     elif model_type == "qwen2":
-        del config["head_dim"]
         config |= {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": layers}
-    save_sharded(path, tensors, shards=2)
+    elif model_type == "qwen3":
+        config |= {"head_dim": 2 * size, "attention_bias": False}
     architecture = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type] + "ForCausalLM"
-    (path / "config.json").write_text(json.dumps(config | {"model_type": model_type, "architectures": [architecture]}))
+    return tensors, config | {"model_type": model_type, "architectures": [architecture]}
+
+
+def make_like(path, model_type: str, hidden: int = 256, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random checkpoint with its tokenizer, see `tensors_like`, and return its path."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors, config = tensors_like(model_type, hidden, 2 * hidden, layers, dtype)
+    if model_type == "qwen2":  # as its checkpoints: not said
+        del config["head_dim"]
+    save_sharded(path, tensors, shards=2)
+    (path / "config.json").write_text(json.dumps(config))
     save_tokenizer(path)
     return path
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from checkpoints import CHAT_TEMPLATE, HEADS, KV_HEADS, SPECIAL, VOCABULARY, llama_config, llama_tensors, save_tokenizer
+from checkpoints import (
+    CHAT_TEMPLATE,
+    HEADS,
+    KV_HEADS,
+    SPECIAL,
+    VOCABULARY,
+    llama_config,
+    llama_tensors,
+    save_tokenizer,
+    tensors_like,
+)
 from source_checkpoints import HIDDEN, INTERMEDIATE, LAYERS, Made
 
 _NAMES = {
@@ -16,6 +26,8 @@ _NAMES = {
     "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -30,8 +42,10 @@ SPECIAL_IDS = {token: VOCABULARY - 66 + i for i, token in enumerate(SPECIAL)}
 
 
 def gguf_name(name: str) -> str:
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    return f"blk.{found[1]}.{_NAMES[found[2]]}.weight" if found else f"{_NAMES[name.removesuffix('.weight')]}.weight"
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    return (
+        f"blk.{found[1]}.{_NAMES[found[2]]}.{found[3]}" if found else f"{_NAMES[name.removesuffix('.weight')]}.weight"
+    )
 
 
 def encode(weight: np.ndarray, kind: str) -> np.ndarray:
@@ -99,6 +113,7 @@ def make_gguf(
     tied: bool = False,
     metadata: dict[str, int] | None = None,
     tokenizer: bool = True,
+    architecture: str = "llama",
 ) -> Made:
     """Write ``path`` / "model.gguf".
 
@@ -107,10 +122,16 @@ def make_gguf(
         types: other types by a regular expression found in the Hugging Face name; the embedding and the head have F16.
         metadata: further whole numbers by key.
         tokenizer: whether it has one; its original is beside it, in "tokenizer".
+        architecture: see `tensors_like` for others.
     """
     path.mkdir(parents=True, exist_ok=True)
-    config = llama_config(HIDDEN, INTERMEDIATE, LAYERS, torch.float16, tied)
-    writer = gguf.GGUFWriter(path / "model.gguf", "llama")
+    llama = architecture == "llama"
+    if llama:
+        config = llama_config(HIDDEN, INTERMEDIATE, LAYERS, torch.float16, tied)
+        tensors = llama_tensors(HIDDEN, INTERMEDIATE, LAYERS, torch.float32, tied)
+    else:
+        tensors, config = tensors_like(architecture, HIDDEN, INTERMEDIATE, LAYERS, torch.float32)
+    writer = gguf.GGUFWriter(path / "model.gguf", architecture)
     writer.add_name("tiny")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(HIDDEN)
@@ -118,7 +139,12 @@ def make_gguf(
     writer.add_feed_forward_length(INTERMEDIATE)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(config["head_dim"])
+    if llama:
+        writer.add_rope_dimension_count(config["head_dim"])
+        writer.add_tensor("rope_freqs.weight", rope_factors(config))
+    elif architecture == "qwen3":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(VOCABULARY)
@@ -126,11 +152,10 @@ def make_gguf(
         writer.add_uint32(key, value)
     if tokenizer:
         add_tokenizer(writer, path / "tokenizer")
-    writer.add_tensor("rope_freqs.weight", rope_factors(config))
 
     weights = {}
-    for name, tensor in llama_tensors(HIDDEN, INTERMEDIATE, LAYERS, torch.float32, tied).items():
-        default = kind if "_proj" in name else "F32" if tensor.dim() == 1 else "F16"
+    for name, tensor in tensors.items():
+        default = "F32" if tensor.dim() == 1 else kind if "_proj" in name else "F16"
         stored = next((t for pattern, t in (types or {}).items() if re.search(pattern, name)), default)
         if stored == "F32":
             writer.add_tensor(gguf_name(name), tensor.numpy())
@@ -138,7 +163,7 @@ def make_gguf(
             continue
         rows = encode(tensor.numpy(), stored)
         weights[name] = torch.from_numpy(decode(rows, stored).astype(np.float32))
-        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2]) if llama else None
         rows = rotary(rows, heads) if heads else rows
         writer.add_tensor(gguf_name(name), rows, raw_dtype=gguf.GGMLQuantizationType[stored])
     writer.write_header_to_file()

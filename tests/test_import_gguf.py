@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHAT_TEMPLATE, VOCABULARY, llama_config
+from checkpoints import CHAT_TEMPLATE, VOCABULARY, llama_config, tensors_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_checkpoints import HIDDEN, INTERMEDIATE, LAYERS
@@ -15,7 +15,7 @@ from vllm_flute.checkpoint import Checkpoint, check_checkpoint, dequantize_check
 
 gguf = pytest.importorskip("gguf")
 
-from gguf_checkpoints import SPECIAL_IDS, decode, encode, make_gguf  # noqa: E402
+from gguf_checkpoints import SPECIAL_IDS, decode, encode, gguf_name, make_gguf  # noqa: E402
 
 from vllm_flute.checkpoint.sources import gguf as source  # noqa: E402
 from vllm_flute.checkpoint.sources.gguf_file import GgufFile  # noqa: E402
@@ -109,6 +109,30 @@ def test_configuration_and_tokenizer_are_the_originals(model, tmp_path):
     chat = [{"role": "user", "content": "don't  panic"}]
     for text in ("hello there, naïve 日本 42!\n\n", made.apply_chat_template(chat, tokenize=False)):
         assert made(text)["input_ids"] == saved(text)["input_ids"] and made.decode(made(text)["input_ids"][1:]) == text
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_other_architectures(tmp_path, architecture):
+    """Biases, norms of heads, and rows of q and k in their order: the logits are those of the weights in the file."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = make_gguf(tmp_path / "in", types={"embed": "F32", "lm_head": "F32"}, architecture=architecture)
+    report = import_checkpoint(made.path, tmp_path / "out")
+    assert len(report.layers) == 14 and all(r.exact for r in report.layers) and not report.notes
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
+    for name in made.weights:
+        assert names.get_name(name, (".weight", ".bias")) == gguf_name(name)
+    check_checkpoint(tmp_path / "out")
+    plain = dequantize_checkpoint(tmp_path / "out", tmp_path / "plain", dtype="float32")
+    _, config = tensors_like(architecture, HIDDEN, INTERMEDIATE, LAYERS, torch.float32)
+    original = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    keys = original.load_state_dict(made.weights, strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}
+    tokens = torch.arange(40).unsqueeze(0) * 7 % 900
+    with torch.inference_mode():
+        expected = original.float().eval()(tokens).logits
+        found = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tied_head_and_a_quantized_one(tmp_path):

@@ -1,4 +1,4 @@
-"""GGUF models of the LLaMA family (llama.cpp's files)."""
+"""GGUF models of LLaMA's, Qwen2's and Qwen3's architecture (llama.cpp's files)."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from ...quantization import quantize
 from ..config import FUSED, LayerSpec
 from ..output import write_json
 from .base import Converted
-from .gguf_config import ROPE_FREQS, expected_shapes, hf_name, llama_config, rotary_rows, token_ids
+from .gguf_config import ROPE_FREQS, expected_shapes, has_rotary_pairs, hf_name, model_config, rotary_rows, token_ids
 from .gguf_file import GgufFile
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .gguf_types import FLOAT, TABLES, dequantize_rows, to_lut, widen
@@ -48,14 +48,14 @@ def _only_file(path: Path) -> Path:
 
 
 class GgufSource:
-    """A LLaMA model in GGUF, as `Source`.
+    """A model in GGUF, as `Source`.
 
     Linear layers whose type is a table times a scale become lut-v1 as they are. The embedding, and a head of another
     type, are decoded to fp16. Layers of types that no table fits, and floating point ones in a fused layer with
     others, are quantized again: 4-bit NormalFloat in groups of 32 (16 beside such).
 
     Raises:
-        FluteError: see `GgufFile`, `llama_config` and `check_tokenizer`; tensors that are missing, not known or of
+        FluteError: see `GgufFile`, `model_config` and `check_tokenizer`; tensors that are missing, not known or of
             other shapes.
     """
 
@@ -65,7 +65,7 @@ class GgufSource:
         self.path = path
         self.file = GgufFile(_only_file(path) if path.is_dir() else path)
         self.files, self.nbytes = self.file.files, self.file.nbytes
-        self._config = llama_config(self.file)
+        self._config = model_config(self.file)
         self._check_shapes()
         self.stored = {hf_name(name): name for name in self.file.tensors if name != ROPE_FREQS}
         self.has_tokenizer = check_tokenizer(self.file, self._config["vocab_size"])
@@ -80,7 +80,7 @@ class GgufSource:
         expected = expected_shapes(self._config)
         for name, shape in expected.items():
             if name not in tensors:
-                raise FluteError(f"{path} lacks the tensor {name}: it is no whole LLaMA model; fetch it again")
+                raise FluteError(f"{path} lacks the tensor {name}: it is no whole model; fetch it again")
             if tensors[name].shape != shape:
                 raise FluteError(
                     f"{path}: {name} is {tensors[name].type} {list(tensors[name].shape)}, expected {list(shape)} "
@@ -90,8 +90,8 @@ class GgufSource:
                 raise FluteError(f"{path}: {name} is {tensors[name].type}, expected F32, F16 or BF16")
         if unknown := sorted(tensors.keys() - expected.keys() - {ROPE_FREQS}):
             raise FluteError(
-                f"{path} has {len(unknown)} tensors that import does not know in a LLaMA ({unknown[0]}): it would "
-                "not be the same model without them"
+                f"{path} has {len(unknown)} tensors that import does not know in a model of architecture "
+                f"{self._config['model_type']!r} ({unknown[0]}): it would not be the same model without them"
             )
 
     def _type(self, name: str) -> str:
@@ -147,6 +147,7 @@ class GgufSource:
     def _rows(self, name: str) -> torch.Tensor | None:
         """Which stored rows are the rows of q or k, or None for other tensors."""
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = heads if has_rotary_pairs(self._config) else None
         return rotary_rows(self.file.tensors[self.stored[name]].shape[0], self._config[heads]) if heads else None
 
     def convert(self, layer: str) -> Converted:
