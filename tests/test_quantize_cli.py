@@ -167,7 +167,7 @@ def test_biases_and_extensions_are_dequantized_too():
 
 
 def test_what_is_no_linear_layer_stays(tmp_path):
-    """Biases, routers, and float32 tensors among bf16 ones."""
+    """Biases, routers, and float32 tensors among bf16 ones; matrices are named, because a server asks for them."""
     layer = "model.layers.0"
     tensors = {
         f"{layer}.self_attn.q_proj.weight": torch.randn(16, 64).bfloat16(),
@@ -185,6 +185,7 @@ def test_what_is_no_linear_layer_stays(tmp_path):
     for name in list(tensors)[1:]:
         assert made.tensor(name).dtype == tensors[name].dtype and torch.equal(made.tensor(name), tensors[name])
     assert f"{layer}.self_attn.q_proj.qweight" in made.headers
+    assert made.config["quantization_config"]["ignore"] == ["lm_head", "mlp.gate"]
 
 
 def test_overrides_by_pattern(plain, tmp_path):

@@ -9,8 +9,9 @@ from ..codebook import check_bits
 from ..errors import FluteError
 from ..format import EXTENSIONS, FORMAT, QUANT_METHOD
 
-# Weights of the linear layers of decoder blocks, and Mixtral's experts; routers (mlp.gate) and norms do not end so.
-LINEAR = re.compile(r"model\.layers\.\d+\..+(_proj|\.experts\.\d+\.w[123])\.weight")
+# Weights of the linear layers of decoder blocks: LLaMA's and most others', StarCoder2's and Phi's, Mixtral's experts;
+# routers (mlp.gate) and norms do not end so.
+LINEAR = re.compile(r"model\.layers\.\d+\..+(_proj|\.c_fc|\.fc[12]|\.dense|\.experts\.\d+\.w[123])\.weight")
 HEAD = "lm_head"
 
 # Matrices that vLLM fuses into one layer: they must agree in bits, group size and in being quantized.

@@ -108,9 +108,20 @@ def _check_options(bits: int, group_size: int, codebook, scale_dtype: torch.dtyp
 
 
 def _plan(
-    shapes: Mapping[str, tuple[int, int]], bits, group_size, codebook: str, ignore, overrides: Mapping[str, LayerSpec]
+    shapes: Mapping[str, tuple[int, int]],
+    bits,
+    group_size,
+    codebook: str,
+    ignore,
+    overrides: Mapping[str, LayerSpec],
+    others: list[str],
 ) -> LutConfig:
-    """Decide every linear layer; ``shapes``: (N, K) by module name."""
+    """Decide every linear layer.
+
+    Args:
+        shapes: (N, K) by module name.
+        others: matrices that are not quantized. A server asks for each that it multiplies by, a router for one.
+    """
     for entry in [*ignore, *overrides]:
         if entry != HEAD and not any(matches(check_pattern(entry), name) for name in shapes):
             option = "--ignore" if entry in ignore else "--override"
@@ -135,6 +146,8 @@ def _plan(
     common = group_size or Counter(spec.group_size for spec in quantized.values()).most_common(1)[0][0]
     default = LayerSpec(bits, common)
     ignored = [*ignore] if HEAD in shapes or HEAD in ignore else [*ignore, HEAD]
+    found = [(LAYER.search(name), name.removesuffix(".weight")) for name in others]
+    ignored += dict.fromkeys(name[layer.end() :] for layer, name in found if layer)
     return LutConfig(*default, codebook, tuple(ignored), {n: s for n, s in quantized.items() if s != default})
 
 
@@ -270,7 +283,8 @@ def quantize_checkpoint(
         weights[f"{HEAD}.weight"] = head_from
     shapes = {name.removesuffix(".weight"): source.headers[stored].shape for name, stored in weights.items()}
     label = codebook if isinstance(codebook, str) else "custom"
-    lut = _plan(shapes, bits, group_size, label, ignore, overrides)
+    others = [name for name, header in source.headers.items() if len(header.shape) == 2 and name not in weights]
+    lut = _plan(shapes, bits, group_size, label, ignore, overrides, others)
     ids = calibration_tokens(source, calibrate, tokens) if calibrate else None
 
     def rounded(tensor: torch.Tensor, squares: torch.Tensor, width: int, layer: str) -> torch.Tensor:
