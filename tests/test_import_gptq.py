@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import save_sharded
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from source_checkpoints import make_awq, make_gptq, pack_gptq
+from source_checkpoints import HIDDEN, make_awq, make_gptq, pack_gptq
 
 from vllm_flute import FluteError
 from vllm_flute.checkpoint import Checkpoint, check_checkpoint, dequantize_checkpoint, import_checkpoint
@@ -125,6 +126,18 @@ BAD = {
     "g_idx does not give each": lambda n, t: t * 0 if n.endswith("0.mlp.up_proj.g_idx") else t,
     "has 8 bits": lambda n, t: t.repeat(1, 2) if n.endswith("0.mlp.up_proj.qzeros") else t,
 }
+
+
+def test_a_router_stays_and_is_named(tmp_path):
+    """A server asks for every matrix that it multiplies by."""
+    made = make_gptq(tmp_path / "source")
+    source = Checkpoint(made.path)
+    tensors = {name: source.tensor(name) for name in source.headers}
+    router = torch.ones(4, HIDDEN, dtype=torch.float16)
+    save_sharded(made.path, tensors | {"model.layers.0.mlp.gate.weight": router}, shards=2)
+    report = import_checkpoint(made.path, tmp_path / "out")
+    assert report.config.ignore == ("gate", "lm_head")
+    assert torch.equal(Checkpoint(tmp_path / "out").tensor("model.layers.0.mlp.gate.weight").half(), router)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What a source of `vllm-flute import` is: a quantized checkpoint that is read layer by layer as lut-v1."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +10,14 @@ import torch
 
 from ...errors import FluteError
 from ...format import LutTensor
-from ..config import HEAD, LINEAR, LayerSpec
+from ..config import HEAD, LayerSpec
 from ..output import copy_files
 from ..reader import Checkpoint, Header
 
 # What other tools call the settings that lut-v1 replaces.
 _SETTINGS = ("quantization_config", "compression_config", "_pre_quantization_dtype")
+# Of a decoder block, but for norms.
+_MATRIX = re.compile(r"model\.layers\.\d+\.(?!.*norm[^.]*\.weight).+\.weight")
 
 
 class Converted(NamedTuple):
@@ -142,8 +145,8 @@ class Directory(ABC):
 
 
 def plain_linears(source: Source) -> list[str]:
-    """Linear layers (and the head) that the source has not quantized."""
+    """Linear layers, routers too, and the head, that the source has not quantized."""
     quantized = source.quantized()
-    names = [name.removesuffix(".weight") for name in source.tensors() if LINEAR.fullmatch(name)]
+    names = [name.removesuffix(".weight") for name in source.tensors() if _MATRIX.fullmatch(name)]
     names += [HEAD] if f"{HEAD}.weight" in source.tensors() else []
     return [name for name in names if name not in quantized]
