@@ -86,10 +86,10 @@ def test_vllm_is_no_base_dependency():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built as `pip wheel .` does, with this environment's torch; the first time a minute or two of compiling."""
+    """Built as `pip wheel .` does, with this environment's torch, from what the installation in place has compiled."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
-    command.append(f"-Cbuild-dir={ROOT / 'build' / 'wheel'}")
+    command.append(f"-Cbuild-dir={ROOT / 'build' / 'editable'}")
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-2000:]
     return next(folder.glob("*.whl"))
