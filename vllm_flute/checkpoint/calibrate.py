@@ -8,7 +8,7 @@ import torch
 from ..errors import FluteError
 from ..format import LutTensor
 from .llama import DTYPE, LlamaBlock, require_llama_layers
-from .products import exact_products, fast_products
+from .products import exact_products
 from .reader import Checkpoint
 
 # Weights by their names within a decoder layer, as the layer computes with them from now on.
@@ -70,7 +70,6 @@ class Calibration:
             self.hidden = self.block.run(self.hidden, _computed(self.final(self.layer)))
             self.layer += 1
 
-    @fast_products()
     @torch.no_grad()
     def quantize(self, layer: int, stage: Stage) -> dict[str, LutTensor]:
         """The quantized linear layers of a decoder layer by their names within it; layers are asked for in order.
@@ -89,7 +88,6 @@ class Calibration:
                 self.hidden, self.layer = inputs, layer + 1
         return made
 
-    @fast_products()
     @torch.no_grad()
     def head_moments(self) -> torch.Tensor:
         """Second moments of the output head's inputs, after all decoder layers."""

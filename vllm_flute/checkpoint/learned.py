@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from ..errors import FluteError
 from ..format import PARTS, LutTensor
+from . import products
 from .calibrate import layer_weights
 from .config import HEAD
 from .llama import DTYPE, LlamaBlock, plain_linear
 from .output import Output, write_tensors
-from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import Progress
 
@@ -59,11 +59,11 @@ class _Head:
         total, gradient = 0.0, torch.empty_like(x)
         for i in range(0, len(x), _ROWS):
             part = slice(i, i + _ROWS)
-            own = F.linear(x[part].detach(), self.quantized).log_softmax(-1, torch.float32)
-            plain = F.linear(wanted[part], self.plain).log_softmax(-1, torch.float32)
+            own = products.linear(x[part].detach(), self.quantized).log_softmax(-1, torch.float32)
+            plain = products.linear(wanted[part], self.plain).log_softmax(-1, torch.float32)
             share = plain.exp()
             total += plain.sub_(own).mul_(share).sum().item()
-            gradient[part] = F.linear(own.exp_().sub_(share).to(DTYPE), self.quantized.T)
+            gradient[part] = products.linear(own.exp_().sub_(share).to(DTYPE), self.quantized.T)
         return total / len(x), torch.autograd.grad(x, hidden, gradient / len(x))[0]
 
 
@@ -99,10 +99,9 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        with fast_products():  # autograd's passes leave torch's function modes
-            if ctx.learn:
-                ctx.learn(F.linear(gradient.T, x.T))
-            return F.linear(gradient, weight.T), None, None, None
+        if ctx.learn:
+            ctx.learn(products.linear(gradient.T, x.T))
+        return products.linear(gradient, weight.T), None, None, None
 
 
 class _Layer:
@@ -210,7 +209,6 @@ def _linears(written: Output, prefix: str) -> dict[str, LutTensor]:
     }
 
 
-@fast_products()
 @torch.no_grad()
 def learn_scales(
     source: Checkpoint, written: Output, tokens: torch.Tensor, progress: Progress | None = None

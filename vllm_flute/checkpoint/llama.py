@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import FluteError
+from . import products
 from .reader import Checkpoint
 
 # The linear layers that share their inputs, in the order in which they are computed.
@@ -79,7 +80,7 @@ class LlamaBlock:
             k = self.norm(k, weights["self_attn.k_norm.weight"])
         q, k = self.rotate(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *self.rotary)
         v = v.transpose(0, 1)[None]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+        return products.attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
     def stages(
         self, hidden: list[torch.Tensor], weights: dict[str, torch.Tensor], linear: Linear | None = None
@@ -120,4 +121,4 @@ class LlamaBlock:
 
 def plain_linear(weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     """The linear layer of a name, by weights and biases of a decoder layer's names."""
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return products.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

@@ -15,7 +15,6 @@ from ..quantization import FITTED, quantize
 from .calibrate import layer_weights, second_moments
 from .config import LutConfig
 from .llama import DTYPE, STAGES, LlamaBlock
-from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import LAYER, Progress
 
@@ -63,7 +62,6 @@ def _lost(weight: torch.Tensor, moments: torch.Tensor, scales: torch.Tensor, spe
     return (change @ moments * change).sum().item()
 
 
-@fast_products()
 @torch.no_grad()
 def search_prescales(
     source: Checkpoint,

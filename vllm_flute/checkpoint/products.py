@@ -1,7 +1,7 @@
 """Products of bf16 values by the units that the CPU has for them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, reduce
 from operator import add
 
@@ -33,19 +33,22 @@ def has_bf16_products() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class WideProducts(TorchFunctionMode):
-    """While it is on, bf16 linear layers and attention multiply their values in fp32, and round their sums to bf16.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, of bf16 tensors on a CPU without bf16 units in fp32 with sums that are rounded to bf16.
 
-    That is what bf16 units do. torch's own loop for a CPU that has none is slower: a linear layer nine times on a Zen 3
-    (docs/speed.md), attention's backward pass too.
+    That is what bf16 units do. torch's own loop for a CPU that has none is slower: nine times on a Zen 3
+    (docs/speed.md).
     """
+    return (_linear if _are_wide(x) else F.linear)(x, weight, bias)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Called by torch for each of its functions."""
-        kwargs = kwargs or {}
-        if func not in _WIDE or not args or args[0].dtype != torch.bfloat16 or args[0].device.type != "cpu":
-            return func(*args, **kwargs)
-        return _WIDE[func](*args, **kwargs).to(torch.bfloat16)
+
+def attention(*args, **kwargs) -> torch.Tensor:
+    """`F.scaled_dot_product_attention`, as `linear`; its backward pass gains as much."""
+    return (_attention if _are_wide(args[0]) else F.scaled_dot_product_attention)(*args, **kwargs)
+
+
+def _are_wide(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not has_bf16_products()
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,21 +63,23 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         parts = weight.T.split(max(1, _AT_ONCE // weight.shape[0]))
         inputs = x.split([len(part) for part in parts], dim=-1)
         out = reduce(add, (one @ part.to(torch.float32) for one, part in zip(inputs, parts, strict=True)))
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).to(torch.bfloat16)
 
 
 def _attention(*args, **kwargs) -> torch.Tensor:
     def wide(value):
         return value.to(torch.float32) if getattr(value, "dtype", None) == torch.bfloat16 else value
 
-    return F.scaled_dot_product_attention(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+    args, kwargs = map(wide, args), {key: wide(value) for key, value in kwargs.items()}
+    return F.scaled_dot_product_attention(*args, **kwargs).to(torch.bfloat16)
 
 
-_WIDE = {F.linear: _linear, F.scaled_dot_product_attention: _attention}
+class FastProducts(TorchFunctionMode):
+    """While it is on, torch's linear layers and attention are `linear` and `attention`: for other packages' models."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Called by torch for each of its functions."""
+        return _OURS.get(func, func)(*args, **kwargs or {})
 
 
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """While it is on, bf16 linear layers and attention take the faster way that the CPU has to the same sums."""
-    with nullcontext() if has_bf16_products() else WideProducts():
-        yield
+_OURS = {F.linear: linear, F.scaled_dot_product_attention: attention}

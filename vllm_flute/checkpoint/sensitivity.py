@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from ..codebook import BITS
+from . import products
 from .calibrate import layer_weights
 from .llama import DTYPE, LlamaBlock, plain_linear, require_llama_layers
-from .products import fast_products
 from .reader import Checkpoint
 from .rewrite import Progress
 
@@ -48,15 +48,14 @@ def _head_gradients(source: Checkpoint, block: LlamaBlock, hidden: list[torch.Te
         gradient = torch.empty_like(normed)
         with torch.no_grad():
             for i in range(0, len(normed), _ROWS):
-                share = F.linear(normed[i : i + _ROWS], head).float().softmax(-1)
+                share = products.linear(normed[i : i + _ROWS], head).float().softmax(-1)
                 drawn = torch.multinomial(share, 1, generator=generator)
                 share.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
-                gradient[i : i + _ROWS] = F.linear(share.to(DTYPE), head.T)
+                gradient[i : i + _ROWS] = products.linear(share.to(DTYPE), head.T)
         result.append(torch.autograd.grad(normed, one, gradient)[0])
     return result
 
 
-@fast_products()
 def sensitivities(
     source: Checkpoint,
     tokens: torch.Tensor,
@@ -130,5 +129,5 @@ def _losses(
     losses = {}
     for bits in BITS:
         change = (quantizer(weight, moments, bits, name) - weight.float()).to(DTYPE)
-        losses[bits] = (F.linear(x, change).float() * g.float()).sum(-1).square().mean().item() / 2
+        losses[bits] = (products.linear(x, change).float() * g.float()).sum(-1).square().mean().item() / 2
     return losses

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, check_checkpoint
-from ..checkpoint.products import fast_products
+from ..checkpoint.products import FastProducts
 from ..checkpoint.quantize import dequantized
 from ..errors import FluteError
 from .perplexity import Score
@@ -56,7 +56,7 @@ class OfflineModel:
         """For each window the logits ``[new, vocabulary]`` that predict its last ``new`` tokens."""
         for ids, new in windows:
             # A token is predicted at the position before it.
-            with fast_products():
+            with FastProducts():
                 found = self.model(torch.tensor([ids]), logits_to_keep=new + 1).logits[0, :-1]
             yield found
 
