@@ -27,6 +27,7 @@ class Written(Checkpoint):
         return [name for name in self.headers if name.startswith(prefix)]
 
 options, learned.UPDATES = json.loads(sys.argv[1]), int(sys.argv[2])
+learned._KEPT = 0  # as with all layers of a large model, of which these are a few
 text, tokens = options.pop("calibrate"), options.pop("tokens")
 quantize_checkpoint(**options, method="absmax")
 source, marks = Checkpoint(options["src"]), []

@@ -113,19 +113,19 @@ def test_an_interrupted_learning_is_overwritten(plain, text, tmp_path, monkeypat
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("kept", [False, True])
 def test_outputs_that_were_not_kept_are_computed_again(plain, text, tmp_path, monkeypatch, kept):
-    """Learned scales do not depend on how many linear layers' outputs have room."""
+    """Learned scales do not depend on whether linear layers' outputs have room."""
     monkeypatch.setattr(learned, "UPDATES", 4)
     options = {"bits": 3, "group_size": 32, "method": "learned", "calibrate": text, "tokens": 512}
     quantize_checkpoint(plain, tmp_path / "all", **options)
     headers = Checkpoint(plain).headers
     rows = sum(Checkpoint(plain).tensor(name).shape[0] for name in headers if ".0." in name and "_proj" in name)
-    monkeypatch.setattr(learned, "_KEPT", kept * rows * 512 * 2)
+    monkeypatch.setattr(learned, "_KEPT", 2 * rows * 512 * 2 - (not kept))
     runs, forward = [], learned._Layer.forward
     monkeypatch.setattr(learned._Layer, "forward", lambda self, *a: runs.append(self) or forward(self, *a))
     quantize_checkpoint(plain, tmp_path / "some", **options)
-    assert len(runs) == 4 * (2 + 2 - kept)
+    assert len(runs) == 4 * (2 if kept else 2 + 2)
     for file in (tmp_path / "all").glob("*.safetensors"):
         assert (tmp_path / "some" / file.name).read_bytes() == file.read_bytes(), file.name
 

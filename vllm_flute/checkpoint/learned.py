@@ -34,7 +34,9 @@ RATES = {2: 5e-3, 3: 2.5e-3, 4: 1e-3}
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _ROWS = 128  # tokens whose logits are in memory at once
-_KEPT = 1 << 28  # bytes of linear layers' outputs that are kept for the backward pass; others are computed twice
+# Linear layers' outputs are kept for the backward pass where they have so many bytes at most; else computed twice. A
+# model of 1B fits, so that what larger ones need stays small beside their codes.
+_KEPT = 1 << 30
 _SAVE_EVERY = 20  # updates that an interruption may cost
 
 
@@ -222,7 +224,7 @@ def learn_scales(
     few ten thousand tokens of text do not teach the model the text.
 
     In memory: the codes, two to a byte, four numbers for each scale, one decoder layer's weights, one sequence's inputs
-    of every layer and 256 MiB more of what they compute, and what the plain model has after its last layer for all
+    of every layer, up to 1 GiB of what they compute, and what the plain model has after its last layer for all
     tokens.
 
     Args:
@@ -256,12 +258,12 @@ def learn_scales(
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:UPDATES].tolist()
     while optimizer.step < UPDATES:
         sequence = order[optimizer.step]
-        inputs, kept, room = [F.embedding(tokens[sequence], embedding)], [], _KEPT
+        inputs, kept = [F.embedding(tokens[sequence], embedding)], []
         for layer in layers:
             outputs, results = layer.forward(block, inputs[-1])
             inputs.append(outputs)
-            room -= sum(one.nbytes for one in results.values())
-            kept.append(results if room >= 0 else None)
+            size = len(layers) * sum(one.nbytes for one in results.values())
+            kept.append(results if size <= _KEPT else None)
         loss, gradient = output.divergence(inputs.pop(), target[sequence])
         if not math.isfinite(loss):
             raise FluteError(
