@@ -317,3 +317,20 @@ def test_merges_of_unknown_tokens_are_one_line(model, tmp_path):
     file.metadata["tokenizer.ggml.merges"] = ["nothing such"]
     with pytest.raises(FluteError, match=r"model.gguf: its vocabulary makes no tokenizer"):
         write_tokenizer(file, tmp_path / "out", 64)
+
+
+def test_qwens_tokenizer_is_transformers_own(model, tmp_path):
+    """Text in Unicode's decomposed form too."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    file = GgufFile(model.path)
+    meta = file.metadata
+    meta["tokenizer.ggml.pre"], meta["tokenizer.ggml.add_bos_token"] = "qwen2", False
+    assert check_tokenizer(file, VOCABULARY)
+    write_tokenizer(file, tmp_path / "out", 64)
+    made = AutoTokenizer.from_pretrained(tmp_path / "out")
+    vocabulary = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
+    own = Qwen2Tokenizer(vocabulary, [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]])
+    for text in ("don't  panic 1234\n\n", "cafe\u0301 naïve 日本 qqqq", " x"):
+        assert made(text)["input_ids"] == own(text)["input_ids"]
+    assert made("e\u0301")["input_ids"] == made("\u00e9")["input_ids"]

@@ -21,12 +21,16 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 class _Split(NamedTuple):
-    """How byte-level BPE splits text: a pattern, or GPT-2's (None); each digit alone; whole words before merges."""
+    """How byte-level BPE splits text: a pattern, or GPT-2's (None); each digit alone; whole words before merges.
+
+    ``composed``: text becomes Unicode's NFC first, as in Qwen2's own tokenizer (llama.cpp leaves that out).
+    """
 
     pattern: str | None = None
     digits: bool = False
     whole_words: bool = False
     begin: bool = False
+    composed: bool = False
 
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -42,7 +46,8 @@ _TEKKEN = (
 _SPLITS = (
     dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _Split(_LLAMA3, False, True, True))
     | dict.fromkeys(("dbrx", "smaug-bpe"), _Split(_LLAMA3))
-    | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _Split(_QWEN2))
+    | {"qwen2": _Split(_QWEN2, composed=True)}
+    | dict.fromkeys(("stablelm2", "deepseek-r1-qwen"), _Split(_QWEN2))
     | {"tekken": _Split(_TEKKEN, False, True, True)}
     | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _Split(digits=True))
     | dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _Split())
@@ -96,12 +101,14 @@ def _numbers(value, count: int) -> bool:
 
 def _byte_level(meta: Mapping, vocab: dict[str, int]):
     """Byte-level BPE as in GPT-2, LLaMA 3 and most models since."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     split = _SPLITS[meta[f"{_KEY}pre"]]
     # A space at the start of a merge belongs to its first part.
     merges = [(m[:cut], m[cut + 1 :]) for m in meta[f"{_KEY}merges"] for cut in [m.find(" ", 1)]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split.whole_words))
+    if split.composed:
+        tokenizer.normalizer = normalizers.NFC()
     steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), "isolated"))
