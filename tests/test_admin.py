@@ -4,8 +4,10 @@ import base64
 import contextlib
 import json
 import math
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -372,3 +374,15 @@ def test_the_page_in_a_browser_shows_the_figures(served, tmp_path):
     for kernel in {row["kernel"] for row in status["figures"]["kernels"]}:
         assert f'<th scope="row">{kernel}</th>' in dom
     assert re.search(r'<b id="running">\d+</b>', dom)
+
+
+def test_a_free_port_stays_free(monkeypatch):
+    """No taken one, none that the system gives to a connection while a server starts, another one each time."""
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and max(ports) < 32768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", min(ports)))
+        taken.listen()
+        drawn = iter([min(ports), min(ports), max(ports)])
+        monkeypatch.setattr(random.SystemRandom, "randrange", lambda *range: next(drawn))
+        assert free_port() == max(ports)

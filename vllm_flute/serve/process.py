@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,10 +16,17 @@ from ..errors import FluteError
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine that nobody listens on now.
+
+    Below those that systems give to connections by themselves (32768 and up on Linux): a server takes seconds until it
+    listens, in which such a port may go to another process.
+    """
+    drawn = random.SystemRandom()  # not the generator that a test may have seeded in several processes alike
+    while True:
+        port = drawn.randrange(20000, 32768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def cpu_environment() -> dict[str, str]:
