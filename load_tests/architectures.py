@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from checkpoints import VOCABULARY, save_tokenizer
-from test_serve_oracle import greedy, served
+from greedy_oracle import greedy, served
 
 from vllm_flute.checkpoint import dequantize_checkpoint, quantize_checkpoint
 

@@ -30,6 +30,14 @@ def save_sharded(path: Path, tensors: dict[str, torch.Tensor], shards: int) -> N
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def save_shown(checkpoint, path: Path) -> Path:
+    """Write a plain checkpoint with the tensors and the configuration that a `Checkpoint` shows; returns its path."""
+    path.mkdir()
+    save_file({name: checkpoint.tensor(name) for name in checkpoint.headers}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(checkpoint.config))
+    return path
+
+
 def llama_tensors(hidden: int, intermediate: int, layers: int, dtype: torch.dtype, tied: bool = False) -> dict:
     """Random weights by name: a residual stream of about unit size, logits that spread over a few units."""
     generator = torch.Generator().manual_seed(0)

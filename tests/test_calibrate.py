@@ -12,19 +12,10 @@ from vllm_flute.checkpoint import Checkpoint, check_checkpoint, learned, quantiz
 from vllm_flute.checkpoint.calibrate import Calibration, calibration_tokens
 from vllm_flute.checkpoint.quantize import _output_error
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away. " * 300
-
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return make_llama31(tmp_path_factory.mktemp("calibrate") / "plain", hidden=128, layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def test_moments_are_those_of_the_model(plain, text):

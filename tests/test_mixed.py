@@ -35,13 +35,6 @@ def plain(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 200)
-    return path
-
-
 @st.composite
 def problems(draw):
     step = draw(st.sampled_from([1, 8, 4096]))

@@ -4,27 +4,18 @@ import json
 
 import pytest
 import torch
-from checkpoints import make_like
-from safetensors.torch import save_file
+from checkpoints import make_like, save_shown
 from transformers import AutoModelForCausalLM
 
 from vllm_flute import FluteError
-from vllm_flute.checkpoint import Checkpoint, check_checkpoint, learned, quantize_checkpoint
+from vllm_flute.checkpoint import Checkpoint, check_checkpoint, dequantize_checkpoint, learned, quantize_checkpoint
 from vllm_flute.checkpoint.calibrate import calibration_tokens, layer_weights
 from vllm_flute.checkpoint.llama import MODEL_TYPES, LlamaBlock
 from vllm_flute.checkpoint.prescale import MAKERS, PrescaledCheckpoint
-from vllm_flute.checkpoint.quantize import dequantized
 from vllm_flute.checkpoint.rotate import RotatedCheckpoint
 
 HIDDEN, LAYERS = 256, 2
 OTHERS = [kind for kind in MODEL_TYPES if kind != "llama"]  # which every other test is of
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 300)
-    return path
 
 
 @torch.inference_mode()
@@ -60,13 +51,10 @@ def test_what_is_folded_in_leaves_the_logits(tmp_path, kind):
     for layer in range(LAYERS):
         for maker in MAKERS:
             name = f"model.layers.{layer}.{maker}"
-            size = (6 * torch.rand(rotated.headers[f"{name}.weight"].shape[0], generator=generator) - 3).exp2()
-            scales[name] = size
+            n = rotated.headers[f"{name}.weight"].shape[0]
+            scales[name] = (6 * torch.rand(n, generator=generator) - 3).exp2()
     folded = PrescaledCheckpoint(rotated, scales)
-    made = tmp_path / "folded"
-    made.mkdir()
-    save_file({name: folded.tensor(name) for name in folded.headers}, made / "model.safetensors")
-    (made / "config.json").write_text(json.dumps(folded.config))
+    made = save_shown(folded, tmp_path / "folded")
     tokens = torch.arange(200).unsqueeze(0) * 5 % 900
     expected, found = logits(plain, tokens), logits(made, tokens)
     assert (found - expected).abs().max() < 400 * 2**-24 * expected.abs().max()
@@ -85,13 +73,8 @@ def test_the_best_recipe(tmp_path, text, kind, monkeypatch):
         report = quantize_checkpoint(plain, tmp_path / name, group_size=32, **options)
         assert report.bits_per_weight < 3.51  # tables are a few bytes more
         check_checkpoint(tmp_path / name)
-        made = Checkpoint(tmp_path / name)
-        weights = dequantized({key: made.tensor(key) for key in made.headers})
-        (tmp_path / f"{name}-plain").mkdir()
-        save_file({key: w.contiguous() for key, w in weights.items()}, tmp_path / f"{name}-plain" / "model.safetensors")
-        config = {key: value for key, value in made.config.items() if key != "quantization_config"}
-        (tmp_path / f"{name}-plain" / "config.json").write_text(json.dumps(config))
-        lost[name] = (logits(tmp_path / f"{name}-plain", tokens) - expected).square().mean().item()
+        made = dequantize_checkpoint(tmp_path / name, tmp_path / f"{name}-plain", dtype="float32")
+        lost[name] = (logits(made, tokens) - expected).square().mean().item()
     assert lost["best"] < 0.6 * lost["free"]
 
 

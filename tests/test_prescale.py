@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoints import llama_config, llama_tensors, make_llama31, save_sharded
-from safetensors.torch import save_file
+from checkpoints import llama_config, llama_tensors, make_llama31, save_sharded, save_shown
 from transformers import AutoModelForCausalLM
 
 from vllm_flute import FluteError
@@ -33,24 +32,9 @@ def outliers(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 300)
-    return path
-
-
 @torch.inference_mode()
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens).logits[0]
-
-
-def written(checkpoint: Checkpoint, path):
-    """A plain checkpoint with the tensors and the configuration that ``checkpoint`` shows."""
-    path.mkdir()
-    save_file({name: checkpoint.tensor(name) for name in checkpoint.headers}, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(checkpoint.config))
-    return path
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -81,7 +65,7 @@ def test_logits_stay(tmp_path, bias, rotate):
     }
     folded = PrescaledCheckpoint(source, scales)
     assert folded.nbytes == source.nbytes and folded.headers == source.headers
-    made = written(folded, tmp_path / "folded")
+    made = save_shown(folded, tmp_path / "folded")
     tokens = torch.arange(200).unsqueeze(0) * 5 % 1024
     expected, found = (
         logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tokens) for path in (plain, made)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import VOCABULARY, llama_tensors, make_like, make_llama31, save_sharded, save_tokenizer
+from greedy_oracle import ARGS, ENVIRONMENT, PROMPTS, TOKENS, greedy, served
 from safetensors.torch import load_file, save_file
 
 from vllm_flute.checkpoint import dequantize_checkpoint, quantize_checkpoint
@@ -18,11 +19,6 @@ from vllm_flute.serve import Client, Server
 pytestmark = pytest.mark.e2e
 
 HIDDEN, INNER, LAYERS, EXPERTS, TOP_K = 256, 320, 2, 4, 2
-TOKENS = 24
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-ARGS = ["--dtype", "float32", "--quantization", "flute", "--max-model-len", "256", "--max-num-seqs", "8"]
-# Of different lengths, with tokens of the alphabet and of its pairs.
-PROMPTS = [[(7 * i * i + 11 * p) % 900 for i in range(length)] for p, length in enumerate((5, 12, 1, 33, 20, 8))]
 
 
 def make_mixtral(path: Path) -> Path:
@@ -65,29 +61,6 @@ def make_mixtral(path: Path) -> Path:
     return path
 
 
-def greedy(model: Path) -> list[list[int]]:
-    """transformers' continuation of every prompt, alone, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            for _ in range(TOKENS):
-                ids = torch.cat([ids, plain(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        found.append(ids[0, len(prompt) :].tolist())
-    return found
-
-
-def served(model: Path, log: Path, *args: str, **env: str) -> list[list[int]]:
-    """Tokens of one request with all prompts."""
-    with Server(model, log, [*ARGS, *args], ENVIRONMENT | env, start_seconds=300) as server:
-        options = {"ignore_eos": True, "return_token_ids": True}
-        choices = Client(server.url).complete(PROMPTS, TOKENS, **options)
-    return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
-
-
 def test_a_mixture_of_experts(tmp_path):
     """Traced as in production: experts on their own kernels, every one of them chosen by some token."""
     plain = make_mixtral(tmp_path / "mixtral")
@@ -98,13 +71,15 @@ def test_a_mixture_of_experts(tmp_path):
     assert len({token for tokens in got for token in tokens}) > TOKENS  # no model that says one thing
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_other_models(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "cores"), [("qwen2", "0|1"), ("qwen3", "0-1")], ids=["qwen2 on two ranks", "qwen3"])
+def test_other_models(tmp_path, kind, cores):
     """With biases at what vLLM fuses, with norms of heads between quantized layers, with a head that was tied."""
     plain = make_like(tmp_path / "plain", kind)
     quantize_checkpoint(plain, tmp_path / "flute", bits=4, group_size=64, lm_head=True)
     dequantize_checkpoint(tmp_path / "flute", tmp_path / "float32", dtype="float32")
-    got = served(tmp_path / "flute", tmp_path / "log", "--enforce-eager", VLLM_CPU_OMP_THREADS_BIND="0-1")
+    ranks = str(1 + cores.count("|"))
+    args = ("--enforce-eager", "--tensor-parallel-size", ranks)
+    got = served(tmp_path / "flute", tmp_path / "log", *args, VLLM_CPU_OMP_THREADS_BIND=cores)
     assert got == greedy(tmp_path / "float32")
     assert len({token for tokens in got for token in tokens}) > TOKENS
 
